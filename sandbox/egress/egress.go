@@ -1,0 +1,132 @@
+// Package egress defines the only way out of a sandbox.
+//
+// A [Gateway] holds sockets that were opened inside the network of a box. It
+// answers allowed names with virtual addresses, so that it knows for every
+// connection which name was meant, decides by the job's [Rules], dials the
+// destination itself and gives one [Line] to the ledger per attempt, allowed
+// or not. Empty rules allow nothing.
+//
+// The package imports the standard library only.
+package egress
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"os"
+	"time"
+)
+
+// ErrBadRules reports rules that cannot be enforced as written. The job is
+// refused.
+var ErrBadRules = errors.New("egress rules refused")
+
+// A Protocol says what a rule lets through and what the gateway checks.
+type Protocol string
+
+// The protocols of a rule. There is no default: server-first protocols cannot
+// be guessed, so each rule names its own.
+const (
+	TCP  Protocol = "tcp"  // any bytes; the name is checked and nothing else
+	TLS  Protocol = "tls"  // a ClientHello whose server name is the rule's name
+	HTTP Protocol = "http" // requests whose Host is the rule's name, each checked
+)
+
+// A Rule lets a job reach one name at one port.
+type Rule struct {
+	ID       string // where the policy says so: "policy.yaml:14"; copied to every ledger line
+	Name     string // lower-case host name, or an IP literal (then Protocol is TCP and Resolve is empty)
+	Port     uint16
+	Protocol Protocol
+	// Resolve lists what the name may resolve to. Empty: any public address.
+	// Single addresses are used as they are, without asking a resolver;
+	// prefixes filter the resolver's answer. Metadata addresses and the
+	// agent's own listeners are never dialled, whatever it says.
+	Resolve []netip.Prefix
+	Purpose string
+}
+
+// Rules are everything a job may reach. The zero value allows nothing.
+type Rules struct {
+	Allow []Rule
+}
+
+// A Verdict is the gateway's decision on one attempt.
+type Verdict string
+
+// Verdicts.
+const (
+	Allowed Verdict = "allowed"
+	Refused Verdict = "refused" // by the rules
+	Failed  Verdict = "failed"  // allowed, but the destination was not reached
+)
+
+// A Line is one attempt to reach something, as it goes to the ledger. It never
+// holds payload.
+type Line struct {
+	Time     time.Time     `json:"time"`
+	Gateway  string        `json:"gateway"`           // name given to Open
+	Network  string        `json:"network"`           // dns, tcp, udp, icmp, other
+	Name     string        `json:"name,omitempty"`    // the name the job asked for
+	Address  string        `json:"address,omitempty"` // the address the job named, if it named one
+	Port     uint16        `json:"port,omitempty"`
+	Protocol Protocol      `json:"protocol,omitempty"`
+	Verdict  Verdict       `json:"verdict"`
+	Rule     string        `json:"rule,omitempty"`   // ID of the rule that allowed it
+	Reason   string        `json:"reason,omitempty"` // why not
+	Dialled  string        `json:"dialled,omitempty"`
+	Sent     int64         `json:"sent,omitempty"`     // bytes from the job
+	Received int64         `json:"received,omitempty"` // bytes to the job
+	Duration time.Duration `json:"duration,omitempty"` // nanoseconds
+}
+
+// A Ledger takes lines. It may block, which holds the attempt back: lines are
+// never lost for speed. If it fails the attempt is refused.
+type Ledger func(Line) error
+
+// Sockets are the box's sockets; sandbox.Sockets is the same type for the
+// other side of the contract. The gateway owns them once Attach is called.
+type Sockets struct {
+	TCP *os.File // listener that all TCP to the virtual range reaches
+	DNS *os.File // UDP socket that all UDP to port 53 reaches
+	Log *os.File // netlink NFLOG socket: one packet per refused attempt; nil if the runtime has none
+}
+
+// An Opening is what Open needs to know.
+type Opening struct {
+	Rules  Rules
+	Ledger Ledger // required
+	// Parent names an open gateway whose box these rules are for. A gateway
+	// with a parent has no box of its own: it widens its parent until it is
+	// closed. This is how a rule is bound to one step.
+	Parent string
+}
+
+// A Gateway is the way out of boxes.
+type Gateway interface {
+	// Open admits rules under name, which must be new. It returns ErrBadRules
+	// if it cannot enforce them. Nothing flows before Attach.
+	Open(ctx context.Context, name string, o Opening) error
+
+	// Attach serves the sockets of a box under the rules of name.
+	Attach(ctx context.Context, name string, s Sockets) error
+
+	// Close withdraws the rules of name, ends every connection that they
+	// allowed, and returns when the last ledger line is written. Closing an
+	// absent name succeeds, so a gateway that died with the agent is closed.
+	Close(ctx context.Context, name string) error
+}
+
+// The addresses of a box's network. They are part of the contract between
+// runtimes, which route them, and gateways, which answer on them.
+var (
+	// Virtual is the range that allowed names resolve to (RFC 2544: never on
+	// the Internet). The runtime redirects TCP to it to the gateway.
+	Virtual = netip.MustParsePrefix("198.18.0.0/15")
+	// Self is the box's own address beside loopback: glibc's AI_ADDRCONFIG
+	// wants one, and the job's host name resolves to it (RFC 5737).
+	Self = netip.MustParseAddr("192.0.2.1")
+	// Resolver is where the box's resolv.conf points (RFC 5737). The runtime
+	// redirects UDP port 53, to it or to any other address, to the gateway.
+	Resolver = netip.MustParseAddr("192.0.2.53")
+)

@@ -1,0 +1,154 @@
+// Package sandbox defines the place a job runs in: fresh for the job, with no
+// way out but its gateway, and gone afterwards.
+//
+// It is the contract between the agent and the runtimes (native, docker,
+// containerd). A [Runtime] makes and destroys boxes by name; a [Sandbox] is one
+// box whose process 1 is the Mayfly guest. All runtimes pass the suite in
+// sandbox/sandboxtest, isolation claims included.
+//
+// The package imports the standard library only.
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"time"
+)
+
+var (
+	// ErrExists reports that Create was called with a name in use.
+	ErrExists = errors.New("sandbox exists")
+
+	// ErrUnsupported reports that this machine lacks something the runtime
+	// needs, or that the spec asks for what the runtime cannot enforce. The
+	// job is refused: a weaker sandbox is never given instead.
+	ErrUnsupported = errors.New("not supported by this runtime or machine")
+
+	// ErrDied reports that the box ended while something was asked of it.
+	ErrDied = errors.New("sandbox died")
+)
+
+// Limits bound what a box may use. Zero means the runtime's default, which is
+// finite; there is no unlimited.
+type Limits struct {
+	Memory   int64 // bytes, page cache and tmpfs of the box included
+	Pids     int64 // processes and threads
+	MilliCPU int64 // thousandths of a core
+	Disk     int64 // bytes the box may write, workspace and system together
+	Inodes   int64 // files the box may create
+}
+
+// A Spec says what to build. The zero value of every field is the safe one: a
+// box without network, with default limits, over the host's base system.
+type Spec struct {
+	Labels  Labels
+	Image   string // "" is the runtime's base
+	Limits  Limits
+	Expires time.Time // the box kills itself then, whatever became of the agent
+}
+
+// Labels are how a box is found again when the journal is lost.
+type Labels struct {
+	Owner      string `json:"owner"` // installation id
+	Job        string `json:"job"`
+	Generation int64  `json:"generation"` // life of the agent that made it
+}
+
+// Info describes a box that exists, wholly or in part.
+type Info struct {
+	Name    string
+	Labels  Labels
+	Expires time.Time
+}
+
+// A Runtime makes and unmakes boxes. Names are chosen by the agent, at most 40
+// bytes of [a-z0-9-], and written down before Create is called.
+type Runtime interface {
+	// Create builds a box with an idle guest in it. It returns ErrExists if
+	// the name is in use and ErrUnsupported if it cannot enforce the spec. If
+	// it fails the box may exist in part: the agent will call Destroy.
+	Create(ctx context.Context, name string, s Spec) (Sandbox, error)
+
+	// Destroy kills everything in the box and removes all of it. It returns
+	// nil only when nothing is left. An absent name is success.
+	Destroy(ctx context.Context, name string) error
+
+	// List names every box, whole or partial, that this installation made in
+	// any of its lives and that still exists.
+	List(ctx context.Context) ([]Info, error)
+
+	// Check probes this machine, without a job, and says what the runtime
+	// enforces here and what it does not. An error means it cannot be used.
+	Check(ctx context.Context) ([]Claim, error)
+}
+
+// A Claim is one line of what a runtime enforces on this machine.
+type Claim struct {
+	Name     string // "memory limit"
+	Enforced bool
+	Detail   string // how, or what follows from its absence and what to do
+}
+
+// Sockets are opened inside the network of a box and used by the gateway
+// outside it. The receiver owns and closes them. egress.Sockets is the same
+// type for the other side of the contract.
+type Sockets struct {
+	TCP *os.File // listener that all TCP to the virtual range reaches
+	DNS *os.File // UDP socket that all UDP to port 53 reaches
+	Log *os.File // netlink NFLOG socket: one packet per refused attempt; nil if the runtime has none
+}
+
+// A Sandbox is one box.
+type Sandbox interface {
+	// Attach makes the loopback-only network of the box ready and returns its
+	// sockets. Before Attach, and if nobody serves the sockets, the job
+	// reaches nothing. It is called once, before the first Run.
+	Attach(ctx context.Context) (Sockets, error)
+
+	// Run executes p and waits for it and for its output. When ctx ends it
+	// interrupts p, then terminates it, then kills it, with p.Grace between,
+	// and returns what became of it together with context.Cause(ctx). A
+	// process that cannot be started is Exit{Code: 127 or 126} and its reason
+	// on p.Stderr, as in a shell; an error means the box itself failed.
+	Run(ctx context.Context, p Process) (Exit, error)
+
+	// Put unpacks a tar stream below dir, which is absolute in the box.
+	// Entries that would leave dir are refused.
+	Put(ctx context.Context, dir string, tar io.Reader) error
+
+	// Get returns the content of a regular file of the box, at most max
+	// bytes. It follows no link. An absent file is fs.ErrNotExist.
+	Get(ctx context.Context, path string, max int64) ([]byte, error)
+}
+
+// A Process is a command to run in a box.
+type Process struct {
+	Args   []string
+	Env    []string // all of it: nothing is inherited
+	Dir    string   // absolute; "" is the workspace
+	Stdout Output   // nil discards
+	Stderr Output
+	Grace  time.Duration // between interrupt, terminate and kill; 0 is the runtime's default
+}
+
+// An Output receives what a process prints. at is stamped by the guest when it
+// read the bytes. b is valid only during the call. Blocking in it blocks the
+// process, which is how back-pressure works; an error ends the process.
+type Output func(at time.Time, b []byte) error
+
+// An Exit says how a process ended.
+type Exit struct {
+	Code   int // exit status, or 128 + signal
+	Signal int // signal that killed it, 0 if none
+	OOM    bool
+}
+
+// Paths that every box has, whatever the runtime.
+const (
+	// Workspace is the disk-backed directory of the job, its working directory.
+	Workspace = "/workspace"
+	// Run is a tmpfs that holds secrets and command files, writable by the job.
+	Run = "/run/mayfly"
+)
