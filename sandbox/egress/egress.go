@@ -59,10 +59,14 @@ const (
 	Allowed Verdict = "allowed"
 	Refused Verdict = "refused" // by the rules
 	Failed  Verdict = "failed"  // allowed, but the destination was not reached
+	// Ended closes an Allowed attempt: a second line, with what was moved. The
+	// first one is written before anything is, so that nothing moves unwritten.
+	Ended Verdict = "ended"
 )
 
-// A Line is one attempt to reach something, as it goes to the ledger. It never
-// holds payload.
+// A Line is one attempt to reach something, as it goes to the ledger: Allowed
+// before the first byte and Ended after the last, or Refused, or Failed. It
+// never holds payload.
 type Line struct {
 	Time     time.Time     `json:"time"`
 	Gateway  string        `json:"gateway"`           // name given to Open
