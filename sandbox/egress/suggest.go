@@ -5,7 +5,7 @@ import "fmt"
 // Suggest renders the policy rule that would allow a refused line, for the user
 // to paste:
 //
-//	- {name: example.com, port: 443, protocol: tls}
+//   - {name: example.com, port: 443, protocol: tls}
 //
 // A DNS question does not say what the job wants of the name; HTTPS is assumed.
 // It is empty where a further rule would not help, and where a job used an
