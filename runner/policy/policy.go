@@ -10,8 +10,11 @@
 package policy
 
 import (
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"slices"
 	"time"
 
 	"github.com/mayfly-ci/mayfly/providers"
@@ -60,54 +63,113 @@ type Lease struct {
 	Files map[string]string `json:"files,omitempty"`
 }
 
+// What a rule gets that does not say otherwise.
+const (
+	// DefaultTimeout is GitHub's habit cut down to what a build needs: a job
+	// that hangs holds its leases for an hour and not for six.
+	DefaultTimeout = time.Hour
+	// DefaultLogBytes is more than any person reads and less than a flood.
+	DefaultLogBytes = 256 << 20
+
+	defaultRuntime = "native"
+)
+
 // A Policy is a parsed policy file. It never changes and is safe for
 // concurrent use. The zero Policy has no rules and refuses every job.
 type Policy struct {
 	file   string
 	digest string
+	rules  []rule
+}
+
+// A rule is what jobs it matches and the plan that they get.
+type rule struct {
+	match match
+	plan  Plan // as the rule says, before the job's own wishes
 }
 
 // Parse reads a policy file. file is its name, for positions. Every problem of
 // the file is reported, each as file:line:column, joined into one error.
 func Parse(src []byte, file string) (*Policy, error) {
-	return nil, errors.ErrUnsupported
+	rules, err := decode(src, file)
+	if err != nil {
+		return nil, err
+	}
+	p := &Policy{file: file, digest: fmt.Sprintf("sha256:%x", sha256.Sum256(src)), rules: rules}
+	for i := range p.rules {
+		p.rules[i].plan.Digest = p.digest
+	}
+	return p, nil
 }
 
-// Nothing is the policy of "mayfly exec" without a policy file: a job started
-// here by hand may run, with default limits, and gets nothing else.
-func Nothing() *Policy { return &Policy{} }
+// nothing is a policy file, so that the built-in policy means what it would
+// mean if somebody wrote it, and has a digest that can be checked.
+const nothing = `version: 1
+rules:
+  - name: nothing
+    match: {provider: local, trust: local}
+`
+
+// Nothing is the policy of "mayfly exec" without a policy file: a job that was
+// started here by hand may run, with default limits, and gets nothing else.
+func Nothing() *Policy {
+	p, err := Parse([]byte(nothing), "built-in")
+	if err != nil {
+		return &Policy{file: "built-in"} // refuses every job; a test parses the text
+	}
+	return p
+}
 
 // Digest names the exact text of the policy: "sha256:" and the hexadecimal
 // SHA-256 of the file. It is written to the audit with every decision.
 func (p *Policy) Digest() string { return p.digest }
 
 // Decide returns what j may have. The error wraps ErrDenied if no rule matches.
+//
+// A grant for a step that j does not have stays in the plan and is never
+// held, since that step never starts; Explain names such steps.
 func (p *Policy) Decide(j providers.Job) (Plan, error) {
-	return Plan{}, ErrDenied
+	for _, r := range p.rules {
+		if len(r.match.mismatches(j)) == 0 {
+			return r.grant(j), nil
+		}
+	}
+	s := j.Subject
+	return Plan{}, fmt.Errorf("%w: no rule of %s matches provider %q, repository %q, ref %q, event %q, workflow %q, trust %q",
+		ErrDenied, orDefault(p.file, "an empty policy"), s.Provider, s.Repository, s.Ref, s.Event, s.Workflow, j.Trust)
 }
 
-// Explain says how each rule judges j, and the plan that follows.
-func (p *Policy) Explain(j providers.Job) Explanation { return Explanation{} }
-
-// An Explanation is the way to a decision, for people.
-type Explanation struct {
-	Digest string  `json:"digest"`
-	Trials []Trial `json:"trials"`         // every rule, in the order of the file
-	Plan   *Plan   `json:"plan,omitempty"` // nil if the job is refused
+// grant is the plan of the rule for one job, which may ask for less time.
+func (r rule) grant(j providers.Job) Plan {
+	plan := r.plan
+	if j.Timeout > 0 {
+		plan.Timeout = min(plan.Timeout, j.Timeout)
+	}
+	plan.Egress = slices.Clone(plan.Egress)
+	plan.Leases = slices.Clone(plan.Leases)
+	for i := range plan.Leases {
+		l := &plan.Leases[i]
+		l.TTL = min(orDefault(l.TTL, plan.Timeout), plan.Timeout)
+	}
+	return plan
 }
 
-// A Trial is how one rule judged the job.
-type Trial struct {
-	Rule string `json:"rule"` // "policy.yaml:12 main-builds"
-	// Matched says that every field matches. Only the first such rule counts.
-	Matched bool `json:"matched"`
-	// Mismatches are the fields that do not match.
-	Mismatches []Mismatch `json:"mismatches,omitempty"`
+// A Grant is what some rule lets jobs ask of an issuer. The command that checks
+// a configuration asks the issuers about all of them.
+type Grant struct {
+	Rule   string // "policy.yaml:12 main-builds"
+	Lease  string
+	Issuer string
+	Scope  json.RawMessage
 }
 
-// A Mismatch is a field of the job that a rule does not match.
-type Mismatch struct {
-	Field string   `json:"field"` // "ref"
-	Got   string   `json:"got"`   // what the job has
-	Want  []string `json:"want"`  // what the rule allows
+// Grants returns every lease of every rule, in the order of the file.
+func (p *Policy) Grants() []Grant {
+	var gs []Grant
+	for _, r := range p.rules {
+		for _, l := range r.plan.Leases {
+			gs = append(gs, Grant{r.plan.Rule, l.Name, l.Issuer, l.Scope})
+		}
+	}
+	return gs
 }

@@ -1,0 +1,285 @@
+package policy
+
+import (
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"time"
+
+	"github.com/mayfly-ci/mayfly/configs/strict"
+	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/egress"
+)
+
+// Version is the only version of the policy file that this agent understands.
+const Version = 1
+
+// The shape of the file. The types of values.go check what stands alone; the
+// check methods here check what depends on a neighbour.
+type policyFile struct {
+	Version int        `yaml:"version,required"`
+	Rules   []ruleNode `yaml:"rules,required"`
+}
+
+type ruleNode struct {
+	Self    strict.Node  `yaml:",self"`
+	Name    ruleName     `yaml:"name,required"`
+	Match   match        `yaml:"match,required"`
+	Runtime runtime      `yaml:"runtime"`
+	Timeout span         `yaml:"timeout"`
+	Limits  limitsNode   `yaml:"limits"`
+	Egress  []egressNode `yaml:"egress"`
+	Leases  []leaseNode  `yaml:"leases"`
+}
+
+type match struct {
+	Provider   oneOf `yaml:"provider"`
+	Repository oneOf `yaml:"repository"`
+	Ref        oneOf `yaml:"ref"`
+	Event      oneOf `yaml:"event"`
+	Workflow   oneOf `yaml:"workflow"`
+	Trust      tiers `yaml:"trust,required"`
+}
+
+type limitsNode struct {
+	Memory size  `yaml:"memory"`
+	Pids   count `yaml:"pids"`
+	CPU    cores `yaml:"cpu"`
+	Disk   size  `yaml:"disk"`
+	Inodes count `yaml:"inodes"`
+	Log    size  `yaml:"log"`
+}
+
+type egressNode struct {
+	Self     strict.Node `yaml:",self"`
+	Name     host        `yaml:"name,required"`
+	Port     port        `yaml:"port,required"`
+	Protocol protocol    `yaml:"protocol,required"`
+	Resolve  *[]prefix   `yaml:"resolve"`
+	Step     stepID      `yaml:"step"`
+	Purpose  purpose     `yaml:"purpose"`
+}
+
+type leaseNode struct {
+	Self   strict.Node        `yaml:",self"`
+	Name   leaseName          `yaml:"name,required"`
+	Issuer issuerName         `yaml:"issuer,required"`
+	Step   stepID             `yaml:"step"`
+	TTL    span               `yaml:"ttl"`
+	Scope  strict.Node        `yaml:"scope"`
+	Env    map[variable]field `yaml:"env"`
+	Files  map[fileName]field `yaml:"files"`
+}
+
+// decode reads the file and reports everything that is wrong with it.
+func decode(src []byte, file string) ([]rule, error) {
+	root, err := strict.Parse(src, file)
+	if err != nil {
+		return nil, err
+	}
+	var f policyFile
+	if err := root.Get("version").Decode(&f.Version); err == nil && f.Version != Version {
+		// Another version has other keys: what they say of this one would mislead.
+		return nil, root.At("version").Errorf("version %d is not supported: this agent reads version: %d", f.Version, Version)
+	}
+	errs := []error{root.Decode(&f)}
+	if len(f.Rules) == 0 && errs[0] == nil {
+		errs = append(errs, root.At("rules").Errorf("no rules: every job would be refused"))
+	}
+	names := map[ruleName]strict.Pos{}
+	var rules []rule
+	for _, n := range f.Rules {
+		if first, seen := names[n.Name]; seen && n.Name != "" {
+			errs = append(errs, n.Self.At("name").Errorf("rule %s is already at %s", n.Name, first))
+		}
+		names[n.Name] = n.Self.Pos()
+		r, err := n.rule()
+		errs = append(errs, err)
+		rules = append(rules, r)
+	}
+	if err := strict.Join(errs...); err != nil {
+		return nil, err
+	}
+	return rules, nil
+}
+
+// rule turns one rule of the file into what Decide uses.
+func (n ruleNode) rule() (rule, error) {
+	r := rule{match: n.Match, plan: n.basics()}
+	errs := []error{n.checkTTL(), overlaps(n.Egress, egressKeys), overlaps(n.Leases, leaseKeys)}
+	for _, e := range n.Egress {
+		errs = append(errs, e.check())
+		r.plan.Egress = append(r.plan.Egress, e.egress())
+	}
+	names := map[leaseName]bool{}
+	for _, l := range n.Leases {
+		if names[l.Name] {
+			errs = append(errs, l.Self.At("name").Errorf("lease %s is named twice in this rule", l.Name))
+		}
+		names[l.Name] = true
+		lease, err := l.lease()
+		errs = append(errs, err, l.check())
+		r.plan.Leases = append(r.plan.Leases, lease)
+	}
+	return r, strict.Join(errs...)
+}
+
+func (n ruleNode) checkTTL() error {
+	var errs []error
+	timeout := orDefault(n.Timeout, span(DefaultTimeout))
+	if n.Timeout == 0 && !n.Self.Get("timeout").IsZero() {
+		timeout = span(maxSpan) // it was refused already
+	}
+	for _, l := range n.Leases {
+		if l.TTL > timeout {
+			errs = append(errs, l.Self.At("ttl").Errorf("lease would outlive its job: ttl is at most the rule's timeout"))
+		}
+	}
+	return strict.Join(errs...)
+}
+
+func (e egressNode) check() error {
+	if e.Resolve != nil && len(*e.Resolve) == 0 {
+		return e.Self.At("resolve").Errorf("empty list: name addresses, or remove the key to allow any public one")
+	}
+	if _, err := netip.ParseAddr(string(e.Name)); err != nil {
+		return nil
+	}
+	var errs []error
+	if e.Protocol != "" && e.Protocol != protocol(egress.TCP) {
+		errs = append(errs, e.Self.At("protocol").Errorf("protocol %s checks a name, and %s is an address: write tcp", e.Protocol, e.Name))
+	}
+	if e.Resolve != nil {
+		errs = append(errs, e.Self.At("resolve").Errorf("%s is an address: remove resolve", e.Name))
+	}
+	return strict.Join(errs...)
+}
+
+func (l leaseNode) check() error {
+	if len(l.Env) == 0 && len(l.Files) == 0 {
+		return l.Self.Errorf("lease is delivered nowhere: add env or files")
+	}
+	return nil
+}
+
+func at(n strict.Node) string {
+	pos := n.Pos()
+	return fmt.Sprintf("%s:%d", filepath.Base(pos.File), pos.Line)
+}
+
+// lease is the lease of a plan. A TTL that is not given is the job's timeout.
+func (l leaseNode) lease() (Lease, error) {
+	scope, err := l.Scope.JSON()
+	if err == nil && scope != nil && scope[0] != '{' {
+		err = l.Scope.Errorf("want a mapping: the scope that issuer %s understands", l.Issuer)
+	}
+	return Lease{
+		Name: string(l.Name), Issuer: string(l.Issuer), Step: string(l.Step),
+		TTL: time.Duration(l.TTL), Scope: scope,
+		Env: stringMap(l.Env), Files: stringMap(l.Files),
+	}, err
+}
+
+// egress is the rule of the gateway, which copies its ID to every line that
+// the rule allows.
+func (e egressNode) egress() Egress {
+	r := egress.Rule{
+		ID: at(e.Self), Name: string(e.Name), Port: uint16(e.Port),
+		Protocol: egress.Protocol(e.Protocol), Purpose: string(e.Purpose),
+	}
+	if e.Resolve != nil {
+		for _, p := range *e.Resolve {
+			r.Resolve = append(r.Resolve, netip.Prefix(p))
+		}
+	}
+	return Egress{Step: string(e.Step), Rule: r}
+}
+
+// basics is the part of the plan that every rule has.
+func (n ruleNode) basics() Plan {
+	return Plan{
+		Rule:     at(n.Self) + " " + string(n.Name),
+		Runtime:  orDefault(string(n.Runtime), defaultRuntime),
+		Timeout:  orDefault(time.Duration(n.Timeout), DefaultTimeout),
+		LogBytes: orDefault(int64(n.Limits.Log), DefaultLogBytes),
+		Limits: sandbox.Limits{
+			Memory: int64(n.Limits.Memory), Pids: int64(n.Limits.Pids), MilliCPU: int64(n.Limits.CPU),
+			Disk: int64(n.Limits.Disk), Inodes: int64(n.Limits.Inodes),
+		},
+	}
+}
+
+// A claim is something that only one neighbour of a list may have at a time.
+type claim struct {
+	what string
+	step stepID
+	at   strict.Node
+}
+
+func egressKeys(e egressNode) []claim {
+	if e.Name == "" || e.Port == 0 {
+		return nil // it was refused already
+	}
+	return []claim{{fmt.Sprintf("%s port %d", e.Name, e.Port), e.Step, e.Self}}
+}
+
+func leaseKeys(l leaseNode) []claim {
+	var cs []claim
+	for k, v := range l.Self.Get("env").Pairs() {
+		cs = append(cs, claim{"environment variable " + k.Text(), l.Step, v})
+	}
+	for k, v := range l.Self.Get("files").Pairs() {
+		cs = append(cs, claim{"file " + k.Text(), l.Step, v})
+	}
+	return cs
+}
+
+// overlaps refuses two claims to one thing that a step could see both of. A
+// claim without a step is seen by all of them.
+func overlaps[T any](list []T, keys func(T) []claim) error {
+	type holder struct {
+		what string
+		step stepID
+	}
+	held, first := map[holder]claim{}, map[string]claim{}
+	var errs []error
+	for _, item := range list {
+		for _, c := range keys(item) {
+			other, taken := held[holder{c.what, c.step}]
+			if !taken {
+				other, taken = held[holder{c.what, ""}]
+			}
+			if !taken && c.step == "" {
+				other, taken = first[c.what]
+			}
+			if taken {
+				errs = append(errs, c.at.Errorf("%s is already given in line %d", c.what, other.at.Pos().Line))
+				continue
+			}
+			held[holder{c.what, c.step}] = c
+			if _, seen := first[c.what]; !seen {
+				first[c.what] = c
+			}
+		}
+	}
+	return strict.Join(errs...)
+}
+
+func orDefault[T comparable](v, def T) T {
+	var zero T
+	if v == zero {
+		return def
+	}
+	return v
+}
+
+func stringMap[K, V ~string](m map[K]V) map[string]string {
+	if len(m) == 0 {
+		return nil
+	}
+	out := make(map[string]string, len(m))
+	for k, v := range m {
+		out[string(k)] = string(v)
+	}
+	return out
+}
