@@ -1,0 +1,46 @@
+package runner
+
+import (
+	"encoding/json"
+
+	"github.com/mayfly-ci/mayfly/providers"
+)
+
+// JobInfo is what the journal knows of a job that still owes something: one
+// that runs now, or one that an earlier life of the agent left.
+type JobInfo struct {
+	Job        string            `json:"job"`
+	Generation int64             `json:"generation"`        // life of the agent that began it
+	Damaged    int               `json:"damaged,omitempty"` // lines of the journal that cannot be read
+	Owes       []DebtInfo        `json:"owes"`              // newest first: the order of release
+	Outcome    *providers.Result `json:"outcome,omitempty"` // nil while it runs, or if it was lost
+}
+
+// DebtInfo is one thing that may exist. Handles are never shown.
+type DebtInfo struct {
+	Kind  string `json:"kind"`
+	Name  string `json:"name"`
+	By    string `json:"by,omitempty"`    // provider, runtime or issuer
+	Scope string `json:"scope,omitempty"` // step that it is bound to
+}
+
+// Jobs lists every job that still owes something. It can be called beside a
+// living agent. Logs that cannot be read are in the error; the others are listed.
+func (s *State) Jobs() ([]JobInfo, error) {
+	logs, err := s.journal.Peek()
+	jobs := make([]JobInfo, 0, len(logs))
+	for _, log := range logs {
+		info := JobInfo{Job: log.Job, Generation: log.Generation, Damaged: log.Damaged}
+		for _, d := range log.Debts() {
+			info.Owes = append(info.Owes, DebtInfo{d.Kind, d.Name, d.By, d.Scope})
+		}
+		if raw := log.Outcome(); raw != nil {
+			info.Outcome = &providers.Result{}
+			if err := json.Unmarshal(raw, info.Outcome); err != nil {
+				info.Damaged++
+			}
+		}
+		jobs = append(jobs, info)
+	}
+	return jobs, err
+}

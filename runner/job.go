@@ -1,0 +1,157 @@
+package runner
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/mayfly-ci/mayfly/providers"
+	"github.com/mayfly-ci/mayfly/providers/workflow"
+	"github.com/mayfly-ci/mayfly/runner/internal/journal"
+	"github.com/mayfly-ci/mayfly/runner/policy"
+	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/egress"
+)
+
+// boxGrace is how much longer than its job a box may live. The box ends itself
+// then, whatever became of the agent; until then the agent releases it.
+const boxGrace = 5 * time.Minute
+
+var errSkipped = errors.New("the job's condition is false")
+
+// A life is one job while this agent has it: what live and run pass around.
+type life struct {
+	*Agent
+	log      *journal.Log
+	provider providers.Provider
+	job      providers.Job
+	out      *stream
+	clock    *stopwatch
+}
+
+// admit asks the policy, and writes down its answer before anything follows
+// from it.
+func (l *life) admit(ctx context.Context) (policy.Plan, error) {
+	plan, err := l.cfg.Policy.Decide(l.job)
+	if _, ok := l.cfg.Runtimes[plan.Runtime]; err == nil && !ok {
+		err = fmt.Errorf("%w: %s: runtime %q is not configured on this agent", policy.ErrDenied, plan.Rule, plan.Runtime)
+	}
+	s := l.job.Subject
+	err = errors.Join(err, l.audit(ctx, l.log.Job, "job.admit", s.Job, err,
+		"provider", s.Provider, "repository", s.Repository, "ref", s.Ref, "sha", s.SHA, "workflow", s.Workflow,
+		"event", s.Event, "actor", l.job.Actor, "trust", string(l.job.Trust),
+		"policy", l.cfg.Policy.Digest(), "rule", plan.Rule))
+	if err != nil || l.job.If == "" {
+		return plan, err
+	}
+	runs, err := workflow.Condition(l.job.If, workflow.Scope{Contexts: l.job.Contexts, Status: providers.Success})
+	if err != nil {
+		return plan, fmt.Errorf("%w: if: %w", providers.ErrBadJob, err)
+	}
+	if !runs {
+		return plan, errSkipped
+	}
+	return plan, nil
+}
+
+// spec is the box of the plan.
+func (l *life) spec(plan policy.Plan, deadline time.Time) sandbox.Spec {
+	return sandbox.Spec{
+		Labels:  sandbox.Labels{Owner: l.state.Owner, Job: l.log.Job, Generation: l.state.Generation},
+		Limits:  plan.Limits,
+		Expires: deadline.Add(boxGrace),
+	}
+}
+
+// ledger writes one attempt to reach something into the audit, and shows a
+// refused one in the job's log with the rule that would allow it.
+func (l *life) ledger(line egress.Line) error {
+	var err error
+	if line.Verdict != egress.Allowed {
+		err = errors.New(string(line.Verdict) + ": " + line.Reason)
+	}
+	object := line.Name
+	if object == "" {
+		object = line.Address
+	}
+	werr := l.audit(context.Background(), l.log.Job, "egress."+line.Network, object, err,
+		"gateway", line.Gateway, "address", line.Address, "port", number(int64(line.Port)),
+		"protocol", string(line.Protocol), "rule", line.Rule, "dialled", line.Dialled,
+		"sent", number(line.Sent), "received", number(line.Received), "duration", line.Duration.String())
+	if err != nil {
+		l.out.refusal(line)
+	}
+	return werr
+}
+
+func number(n int64) string {
+	if n == 0 {
+		return ""
+	}
+	return strconv.FormatInt(n, 10)
+}
+
+// setOutcome records how the job ended, before anything is released. If the
+// journal cannot take it, this life still reports it, and the next one says
+// "lost", which is the truth as far as that one can know.
+func (l *life) setOutcome(r providers.Result) {
+	if r.Reason != "" {
+		l.out.notice(-1, r.Reason)
+	}
+	err := l.audit(context.Background(), l.log.Job, "job.end", l.log.Job, nil,
+		append([]string{"conclusion", string(r.Conclusion)}, l.clock.pairs()...)...)
+	raw, jerr := json.Marshal(r)
+	if jerr == nil {
+		jerr = l.log.SetOutcome(raw)
+	}
+	if err := errors.Join(err, jerr); err != nil {
+		l.cfg.Log.Error().Err(err).Str("job", l.log.Job).Msg("outcome")
+	}
+}
+
+// conclude turns the error that ended a job into its result. The cause of the
+// context decides first; then the type of the error does.
+func conclude(ctx context.Context, err error) providers.Result {
+	cause := context.Cause(ctx)
+	switch {
+	case errors.Is(cause, providers.ErrCancelled), errors.Is(err, providers.ErrCancelled):
+		return providers.Result{Conclusion: providers.Cancelled, Reason: providers.ErrCancelled.Error()}
+	case errors.Is(cause, ErrStopping), errors.Is(err, ErrStopping):
+		return providers.Result{Conclusion: providers.Cancelled, Reason: ErrStopping.Error()}
+	case errors.Is(err, ErrDeadline):
+		return providers.Result{Conclusion: providers.TimedOut, Reason: ErrDeadline.Error()}
+	case errors.Is(err, errSkipped):
+		return providers.Result{Conclusion: providers.Skipped}
+	case errors.Is(err, policy.ErrDenied):
+		return providers.Result{Conclusion: providers.Refused, Reason: err.Error()}
+	}
+	return providers.Result{Conclusion: providers.Failure, Reason: err.Error()}
+}
+
+// A stopwatch notes how long each stage of a life took.
+type stopwatch struct {
+	mu   sync.Mutex
+	last time.Time
+	laps []string // stage, duration, …
+}
+
+func newStopwatch() *stopwatch { return &stopwatch{last: time.Now()} }
+
+func (s *stopwatch) mark(stage string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := time.Now()
+	s.laps = append(s.laps, "took_"+strings.TrimPrefix(stage, "-"), now.Sub(s.last).String())
+	s.last = now
+}
+
+func (s *stopwatch) pairs() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.laps
+}

@@ -1,0 +1,286 @@
+package runner
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/providers"
+	"github.com/mayfly-ci/mayfly/runner/internal/failpoint"
+	"github.com/mayfly-ci/mayfly/runner/internal/journal"
+	"github.com/mayfly-ci/mayfly/runner/policy"
+	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/egress"
+)
+
+// The life of a job. Windows nest, and each is closed in reverse:
+//
+//	claim ─┬─ admit (policy; holds nothing)
+//	       ├─ plan intent: the names of all that follows, in one write
+//	       └─ gateway ─┬
+//	                   └─ box ── attach ─┬
+//	                                     └─ leases ─┬
+//	                                                └─ step: rules, leases, run
+//	released:  step's leases and rules, before the next step
+//	           leases (refused at their issuer) → box → gateway → claim (= report)
+//
+// Everything is named and written down before it is made, and destroyable from
+// that name alone. So one function, release, is the only cleanup there is: it
+// serves the end of a step, the end of a job, failure, cancellation and the
+// restart after a crash.
+
+// What a job holds, in the order it acquires them.
+const (
+	kindClaim   = "claim"
+	kindGateway = "gateway"
+	kindBox     = "box"
+	kindLease   = "lease"
+	kindRules   = "rules" // egress rules of one step
+)
+
+// live takes one offer through its life, from the claim to the report. It
+// returns when nothing of the job is left, or when ctx, which outlives the
+// job's own context, ends.
+func (a *Agent) live(ctx context.Context, provider string, offer providers.Offer, claimed func()) error {
+	defer claimed()
+	name := newJobName()
+	log, err := a.state.journal.Begin(name, journal.Debt{Kind: kindClaim, Name: name, By: provider})
+	if err != nil {
+		return err
+	}
+	defer a.enlist(name)()
+
+	l := &life{Agent: a, log: log, provider: a.cfg.Providers[provider], clock: newStopwatch()}
+	job, err := hold(ctx, l, name, func(ctx context.Context) (providers.Job, grip, error) {
+		job, err := l.provider.Claim(ctx, name, offer)
+		return job, grip{job.Ref, job.ByName}, err
+	})
+	claimed()
+	if errors.Is(err, providers.ErrGone) {
+		return errors.Join(log.Release(name), log.Close())
+	}
+	l.job = job
+	l.out = l.openLog(ctx)
+
+	jobCtx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	stop := a.watch(jobCtx, cancel, log)
+	defer stop()
+
+	var result providers.Result
+	if err == nil {
+		result, err = l.run(jobCtx)
+	}
+	if err != nil {
+		result = conclude(jobCtx, err)
+	}
+	l.setOutcome(result)
+	return a.settle(ctx, log, l.out)
+}
+
+// run admits the job and gives it the time that its plan allows.
+func (l *life) run(ctx context.Context) (providers.Result, error) {
+	plan, err := l.admit(ctx)
+	if err != nil {
+		return providers.Result{}, err
+	}
+	deadline := time.Now().Add(plan.Timeout)
+	ctx, cancel := context.WithDeadlineCause(ctx, deadline, ErrDeadline)
+	defer cancel()
+	l.out.limit(plan.LogBytes)
+	l.clock.mark("admit")
+	result, err := l.inBox(ctx, plan, deadline)
+	if err != nil {
+		return providers.Result{}, errors.Join(err, context.Cause(ctx))
+	}
+	return result, nil
+}
+
+// inBox acquires what the plan grants and runs the job's steps.
+func (l *life) inBox(ctx context.Context, plan policy.Plan, deadline time.Time) (providers.Result, error) {
+	if err := l.log.Intend(l.debts(plan)...); err != nil {
+		return providers.Result{}, err
+	}
+	l.clock.mark("intend")
+
+	gateway := gatewayName(l.log.Job)
+	_, err := hold(ctx, l, gateway, func(ctx context.Context) (none, grip, error) {
+		rules := egress.Rules{Allow: stepRules(plan, "")}
+		return none{}, grip{}, l.cfg.Gateway.Open(ctx, gateway, egress.Opening{Rules: rules, Ledger: l.ledger})
+	})
+	if err != nil {
+		return providers.Result{}, err
+	}
+
+	name := boxName(l.log.Job)
+	box, err := hold(ctx, l, name, func(ctx context.Context) (sandbox.Sandbox, grip, error) {
+		box, err := l.cfg.Runtimes[plan.Runtime].Create(ctx, name, l.spec(plan, deadline))
+		return box, grip{}, err
+	})
+	if err != nil {
+		return providers.Result{}, err
+	}
+	sockets, err := box.Attach(ctx)
+	if err == nil {
+		err = l.cfg.Gateway.Attach(ctx, gateway, egress.Sockets(sockets))
+	}
+	if err != nil {
+		return providers.Result{}, fmt.Errorf("attach: %w", err)
+	}
+	l.clock.mark("attach")
+
+	steps := &steps{life: l, box: box, plan: plan, deadline: deadline}
+	if err := steps.issue(ctx, ""); err != nil {
+		return providers.Result{}, err
+	}
+	return steps.run(ctx)
+}
+
+// debts names all that the plan will acquire, in the order of acquisition.
+func (l *life) debts(plan policy.Plan) []journal.Debt {
+	job := l.log.Job
+	ds := []journal.Debt{
+		{Kind: kindGateway, Name: gatewayName(job)},
+		{Kind: kindBox, Name: boxName(job), By: plan.Runtime},
+	}
+	for _, lease := range plan.Leases {
+		if lease.Step == "" {
+			ds = append(ds, journal.Debt{Kind: kindLease, Name: leaseName(job, lease), By: lease.Issuer})
+		}
+	}
+	for i, step := range l.job.Steps {
+		if len(stepRules(plan, step.ID)) > 0 {
+			ds = append(ds, journal.Debt{Kind: kindRules, Name: rulesName(job, i), Scope: step.ID})
+		}
+		for _, lease := range plan.Leases {
+			if lease.Step == step.ID {
+				ds = append(ds, journal.Debt{Kind: kindLease, Name: leaseName(job, lease), By: lease.Issuer, Scope: step.ID})
+			}
+		}
+	}
+	return ds
+}
+
+// A grip is what releases a thing beside its name.
+type grip struct {
+	handle []byte
+	byName bool // the name is enough: the handle need not be durable
+}
+
+type none struct{}
+
+// hold acquires a thing that the journal already names, and writes down that it
+// did. It acquires nothing once ctx has ended or the journal has failed.
+func hold[T any](ctx context.Context, l *life, name string, acquire func(context.Context) (T, grip, error)) (T, error) {
+	var zero T
+	if err := context.Cause(ctx); err != nil {
+		return zero, err
+	}
+	if err := l.log.Try(name); err != nil {
+		return zero, err
+	}
+	v, g, err := acquire(ctx)
+	failpoint.Here("acquired")
+	if g.handle != nil {
+		// Also of a thing that was acquired badly: it is released all the same.
+		err = errors.Join(err, l.log.Held(name, g.handle, !g.byName))
+	}
+	l.clock.mark(name[len(l.log.Job):])
+	if err != nil {
+		return v, fmt.Errorf("%s: %w", name, err)
+	}
+	return v, nil
+}
+
+// release takes back what the log says may exist in scope, newest first; the
+// scope "" is the whole job, steps included. One failure does not stop the
+// rest; what cannot be released stays in the log. The claim is not touched
+// while anything else is owed.
+func (a *Agent) release(ctx context.Context, log *journal.Log, scope string, out *stream) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.cfg.ReleaseTimeout)
+	defer cancel()
+	var errs []error
+	for _, d := range log.Debts() {
+		if scope != "" && d.Scope != scope {
+			continue
+		}
+		if d.Kind == kindClaim && len(errs) > 0 {
+			break // the service must not hear the job is over while part of it is left
+		}
+		var err error
+		if d.Tried {
+			err = a.releaseOne(ctx, log, d, out)
+			failpoint.Here("released." + d.Kind)
+		}
+		if err == nil {
+			err = log.Release(d.Name)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("release %s: %w", d.Name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (a *Agent) releaseOne(ctx context.Context, log *journal.Log, d journal.Debt, out *stream) error {
+	switch d.Kind {
+	case kindLease:
+		return a.revoke(ctx, log.Job, d)
+	case kindBox:
+		runtime, ok := a.cfg.Runtimes[d.By]
+		if !ok {
+			return fmt.Errorf("runtime %q is not configured any more: configure it until this box is gone", d.By)
+		}
+		return runtime.Destroy(ctx, d.Name)
+	case kindGateway, kindRules:
+		return a.cfg.Gateway.Close(ctx, d.Name)
+	case kindClaim:
+		return a.report(ctx, log, d, out, false)
+	}
+	return fmt.Errorf("unknown kind %q: written by another version", d.Kind)
+}
+
+// revoke ends a lease at its issuer and writes down the proof that it is dead.
+func (a *Agent) revoke(ctx context.Context, job string, d journal.Debt) error {
+	issuer, ok := a.cfg.Issuers[d.By]
+	if !ok {
+		return fmt.Errorf("issuer %q is not configured any more: configure it until this lease is revoked", d.By)
+	}
+	err := issuer.Revoke(ctx, d.Name, d.Handle)
+	if errors.Is(err, creds.ErrNotRevocable) {
+		return a.audit(ctx, job, "lease.unprovable", d.Name, nil, "issuer", d.By, "why", err.Error())
+	}
+	if err != nil {
+		return errors.Join(err, a.audit(ctx, job, "lease.revoke", d.Name, err, "issuer", d.By))
+	}
+	failpoint.Here("revoked")
+	proof, err := a.probe(ctx, issuer, d)
+	return errors.Join(err, a.audit(ctx, job, "lease.revoke", d.Name, err,
+		"issuer", d.By, "probe", proof.How, "refusal", proof.Refusal, "refused_at", stamp(proof.At)))
+}
+
+// report tells the provider how the job ended, and so gives up the claim. It
+// does so behind the last line of the log, unless it is late already.
+func (a *Agent) report(ctx context.Context, log *journal.Log, d journal.Debt, out *stream, late bool) error {
+	provider, ok := a.cfg.Providers[d.By]
+	if !ok {
+		return fmt.Errorf("provider %q is not configured any more: configure it until this job is reported", d.By)
+	}
+	result := providers.Result{Conclusion: providers.Lost, Reason: "the agent died while the job ran"}
+	if raw := log.Outcome(); raw != nil {
+		if err := json.Unmarshal(raw, &result); err != nil {
+			return fmt.Errorf("outcome: %w", err)
+		}
+	}
+	if err := a.closeLog(ctx, provider, d, out, result); err != nil && !late {
+		return fmt.Errorf("log: %w", err)
+	}
+	err := a.audit(ctx, log.Job, "job.complete", d.Name, nil, "conclusion", string(result.Conclusion), "reason", result.Reason)
+	if err != nil {
+		return err
+	}
+	return provider.Complete(ctx, d.Name, d.Handle, result)
+}

@@ -1,0 +1,56 @@
+package runner
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"sync"
+
+	"github.com/mayfly-ci/mayfly/runner/internal/journal"
+)
+
+// recoverAtOnce is how many jobs of an earlier life are released at the same
+// time: enough that one issuer that is down does not hold the others up.
+const recoverAtOnce = 8
+
+// recover releases what an earlier life of the agent left behind. It is the
+// release of life.go over the same log; polling does not wait for it.
+func (a *Agent) recover(ctx context.Context, logs []*journal.Log) error {
+	var wg sync.WaitGroup
+	var left errorList
+	free := make(chan struct{}, recoverAtOnce)
+	for _, log := range logs {
+		free <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-free }()
+			if err := a.recoverOne(ctx, log); err != nil {
+				left.add(fmt.Errorf("recover %s: %w", log.Job, err))
+			}
+		})
+	}
+	wg.Wait()
+	return left.err()
+}
+
+func (a *Agent) recoverOne(ctx context.Context, log *journal.Log) error {
+	defer a.enlist(log.Job)()
+	a.cfg.Log.Info().Str("job", log.Job).Int("debts", len(log.Debts())).Msg("recover")
+	err := a.audit(ctx, log.Job, "job.recover", log.Job, nil, "debts", strconv.Itoa(len(log.Debts())),
+		"of_generation", strconv.FormatInt(log.Generation, 10), "damaged_lines", strconv.Itoa(log.Damaged))
+	if err != nil {
+		return err // what cannot be written down is not done; the debts stay
+	}
+	stop := a.watch(ctx, func(error) {}, log)
+	defer stop()
+	return a.settle(ctx, log, nil)
+}
+
+// Recover releases what an earlier life left, and returns: for "mayfly recover".
+func (a *Agent) Recover(ctx context.Context) error {
+	if a.state.lock == nil {
+		return errPeeked
+	}
+	logs, unreadable := a.state.journal.Unfinished()
+	return errors.Join(a.recover(ctx, logs), unreadable)
+}

@@ -1,0 +1,281 @@
+// Package runner is the agent: it polls for a job, gives it a box, a way out
+// and credentials, runs it, and takes everything back before it says so.
+//
+// Start reading at life.go: it is the whole program. The rest of the package
+// is what the life needs: steps.go and stream.go run the job's own commands,
+// settle.go insists on the release, recover.go and reap.go are the same release
+// after a crash, state.go is the directory.
+package runner
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/providers"
+	"github.com/mayfly-ci/mayfly/runner/audit"
+	"github.com/mayfly-ci/mayfly/runner/internal/journal"
+	"github.com/mayfly-ci/mayfly/runner/policy"
+	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/egress"
+)
+
+// Why a job's context ended. The cause picks the result, nothing else does.
+// A provider's cancellation is providers.ErrCancelled.
+var (
+	// ErrDeadline is the end of the time that the plan gave the job.
+	ErrDeadline = errors.New("the job's time is over")
+	// ErrStopping is the second signal to the agent.
+	ErrStopping = errors.New("the agent was told to stop")
+)
+
+// Defaults, each with its reason.
+const (
+	// defaultRelease bounds one pass over the debts of a job. Destroying a box
+	// takes 10 ms and revoking a role as much; a minute covers an issuer that
+	// restarts.
+	defaultRelease = time.Minute
+	// defaultStuck is how long a result is held back by what cannot be
+	// released (docs/adr/0005).
+	defaultStuck = 2 * time.Minute
+	// defaultReap is the period of the second net.
+	defaultReap = time.Minute
+)
+
+// errPeeked guards what changes the world against a state that was opened for
+// reading only.
+var errPeeked = errors.New("state was opened for reading: an agent owns it")
+
+// Config is what an agent needs. The maps are keyed by the names that the
+// policy and the journal use.
+type Config struct {
+	Providers map[string]providers.Provider
+	Runtimes  map[string]sandbox.Runtime
+	Issuers   map[string]creds.Issuer
+	Gateway   egress.Gateway
+	Policy    *policy.Policy
+	Audit     audit.Sink
+	Log       zerolog.Logger
+
+	Slots int // jobs at once; at least 1
+
+	ReleaseTimeout time.Duration // 0 is a minute
+	StuckAfter     time.Duration // 0 is two minutes
+	ReapEvery      time.Duration // 0 is a minute
+	Once           bool          // return after one job, for "mayfly exec"
+}
+
+// An Agent runs jobs. Make one with New, call Run once.
+type Agent struct {
+	cfg   Config
+	state *State
+	slots chan struct{}
+	once  sync.Once
+
+	mu    sync.Mutex
+	jobs  map[string]bool // that may own something: the reaper keeps off them
+	stuck int             // boxes that will not die: no new jobs while there is one
+	freed chan struct{}   // closed and replaced when stuck falls
+}
+
+// New checks the configuration. A policy is needed: without one, no agent.
+func New(cfg Config, state *State) (*Agent, error) {
+	var errs []error
+	if len(cfg.Providers) == 0 {
+		errs = append(errs, errors.New("no provider"))
+	}
+	if len(cfg.Runtimes) == 0 {
+		errs = append(errs, errors.New("no runtime"))
+	}
+	if cfg.Gateway == nil || cfg.Audit == nil || cfg.Policy == nil || state == nil {
+		errs = append(errs, errors.New("gateway, audit, policy and state are required"))
+	}
+	if cfg.Slots < 1 {
+		errs = append(errs, fmt.Errorf("%d slots, want at least 1", cfg.Slots))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, fmt.Errorf("agent: %w", err)
+	}
+	orDefault(&cfg.ReleaseTimeout, defaultRelease)
+	orDefault(&cfg.StuckAfter, defaultStuck)
+	orDefault(&cfg.ReapEvery, defaultReap)
+	return &Agent{
+		cfg: cfg, state: state, slots: make(chan struct{}, cfg.Slots),
+		jobs: map[string]bool{}, freed: make(chan struct{}),
+	}, nil
+}
+
+func orDefault(d *time.Duration, v time.Duration) {
+	if *d <= 0 {
+		*d = v
+	}
+}
+
+// Run recovers what an earlier life left, and takes jobs until drain ends; then
+// it waits for the running ones. When kill ends too, running jobs are cancelled,
+// and what cannot be released at once is left to the next life. The error says
+// what stopped it or what is still owed; nil means that nothing is.
+func (a *Agent) Run(drain, kill context.Context) error {
+	if a.state.lock == nil {
+		return errPeeked
+	}
+	logs, unreadable := a.state.journal.Unfinished()
+	for _, log := range logs {
+		a.enlist(log.Job) // before the reaper looks
+	}
+	var wg sync.WaitGroup
+	var recovered error
+	wg.Go(func() { recovered = a.recover(kill, logs) })
+	if unreadable != nil {
+		wg.Wait()
+		return errors.Join(fmt.Errorf("no new jobs while debts are unreadable: %w", unreadable), recovered)
+	}
+
+	work, done := context.WithCancel(drain)
+	defer done()
+	wg.Go(func() { a.reapLoop(work) })
+	var left errorList
+	for name := range a.cfg.Providers {
+		wg.Go(func() { a.poll(work, kill, name, done, &left) })
+	}
+	wg.Wait()
+	return errors.Join(recovered, left.err())
+}
+
+// poll takes offers while there is a free slot, and waits for their jobs.
+func (a *Agent) poll(ctx, kill context.Context, provider string, done func(), left *errorList) {
+	var jobs sync.WaitGroup
+	defer jobs.Wait()
+	for wait := retryFirst; a.slot(ctx); {
+		offer, err := a.cfg.Providers[provider].Poll(ctx)
+		if err != nil {
+			<-a.slots
+			if ctx.Err() == nil {
+				a.cfg.Log.Error().Err(err).Str("provider", provider).Dur("retry_in", wait).Msg("poll")
+				pause(ctx, wait)
+				wait = backoff(wait)
+			}
+			continue
+		}
+		wait = retryFirst
+		claimed := make(chan struct{})
+		jobs.Go(func() {
+			defer func() { <-a.slots }()
+			err := a.live(kill, provider, offer, sync.OnceFunc(func() { close(claimed) }))
+			if err != nil {
+				left.add(err)
+				a.cfg.Log.Error().Err(err).Str("provider", provider).Str("offer", offer.ID).Msg("job")
+				pause(ctx, retryFirst) // a full disk must not turn into a loop
+			}
+			if a.cfg.Once && err == nil {
+				done()
+			}
+		})
+		<-claimed // an offer that is not claimed yet would be offered again
+	}
+}
+
+// slot waits for a free slot, and for boxes that will not die. It returns false
+// when ctx ends.
+func (a *Agent) slot(ctx context.Context) bool {
+	for {
+		a.mu.Lock()
+		stuck, freed := a.stuck > 0, a.freed
+		a.mu.Unlock()
+		if !stuck {
+			break
+		}
+		select {
+		case <-freed:
+		case <-ctx.Done():
+			return false
+		}
+	}
+	select {
+	case a.slots <- struct{}{}:
+		if ctx.Err() == nil {
+			return true
+		}
+		<-a.slots
+		return false
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// enlist tells the reaper that the job may own things; the function that it
+// returns tells it that the job's journal is closed.
+func (a *Agent) enlist(job string) func() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.jobs[job] = true
+	return func() {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		delete(a.jobs, job)
+	}
+}
+
+// audit writes one event; kv are pairs of detail. Its error stops what was to
+// be done.
+func (a *Agent) audit(ctx context.Context, job, action, object string, err error, kv ...string) error {
+	e := audit.Event{Time: time.Now(), Job: job, Action: action, Object: object, Result: "ok"}
+	if err != nil {
+		e.Result = err.Error()
+	}
+	for i := 0; i+1 < len(kv); i += 2 {
+		if kv[i+1] == "" {
+			continue
+		}
+		if e.Detail == nil {
+			e.Detail = map[string]string{}
+		}
+		e.Detail[kv[i]] = kv[i+1]
+	}
+	if err := a.cfg.Audit.Append(context.WithoutCancel(ctx), e); err != nil {
+		return fmt.Errorf("audit %s: %w", action, err)
+	}
+	return nil
+}
+
+func stamp(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return t.UTC().Format(time.RFC3339Nano)
+}
+
+// errorList collects errors of goroutines.
+type errorList struct {
+	mu   sync.Mutex
+	errs []error
+}
+
+func (l *errorList) add(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.errs) < 100 { // an agent lives for months
+		l.errs = append(l.errs, err)
+	}
+}
+
+func (l *errorList) err() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return errors.Join(l.errs...)
+}
+
+// owed reports whether the log still has debts of a kind.
+func owed(log *journal.Log, kind string) bool {
+	for _, d := range log.Debts() {
+		if d.Kind == kind {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,230 @@
+package runner
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/creds/mask"
+	"github.com/mayfly-ci/mayfly/providers"
+	"github.com/mayfly-ci/mayfly/runner/internal/journal"
+	"github.com/mayfly-ci/mayfly/sandbox/egress"
+)
+
+// refusalsShown bounds how many different refusals the job's log shows; the
+// ledger has them all.
+const refusalsShown = 50
+
+// noticeMark begins every line that the agent adds to a job's log.
+const noticeMark = "mayfly: "
+
+// A stream carries what a job prints: through the mask, into the provider's
+// log. Everything passes here; what cannot be masked is not sent.
+type stream struct {
+	log providers.Log // nil if the provider shows no logs
+
+	mu      sync.Mutex
+	set     *mask.Set
+	out     *mask.Writer
+	at      time.Time // of the bytes that are being written
+	index   int       // step that they are from
+	midline bool
+	left    int64 // bytes that the plan still allows
+	shown   map[refusal]bool
+	err     error // the first failure of the provider's log
+}
+
+type refusal struct {
+	name string
+	port uint16
+	rule string
+}
+
+// openLog opens the provider's log of a claimed job. A log that cannot be
+// opened is tried again when the job is reported; until then the job's output
+// ends the job, because a line must not be lost.
+func (l *life) openLog(ctx context.Context) *stream {
+	s := &stream{set: mask.New(nil), shown: map[refusal]bool{}}
+	if logger, ok := l.provider.(providers.Logger); ok {
+		s.log, s.err = logger.Log(ctx, l.log.Job, l.job.Ref)
+	}
+	s.out = mask.NewWriter(s.send, s.set)
+	if err := s.conceal(l.job.Secrets); err != nil {
+		s.notice(0, err.Error()+": it will be shown if the job prints it")
+	}
+	return s
+}
+
+// limit bounds what the job may print, in bytes.
+func (s *stream) limit(n int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.left = n
+}
+
+// conceal masks further secrets from now on. The error names those that are too
+// short to be masked; the others are.
+func (s *stream) conceal(values map[string]creds.Secret) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var add []creds.Secret
+	var short error
+	for _, name := range slices.Sorted(maps.Keys(values)) {
+		if _, err := s.set.With(values[name]); err != nil {
+			short = errors.Join(short, fmt.Errorf("mask %s: %w", name, mask.ErrTooShort))
+			continue
+		}
+		add = append(add, values[name])
+	}
+	set, err := s.set.With(add...)
+	s.set = set
+	return errors.Join(short, err, s.out.Use(set))
+}
+
+// write takes what a step printed.
+func (s *stream) write(at time.Time, step int, b []byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil {
+		return s.err
+	}
+	if s.left <= 0 {
+		return nil // said once, below
+	}
+	cut := int64(len(b)) >= s.left
+	if cut {
+		b = b[:s.left]
+	}
+	s.left -= int64(len(b))
+	s.at, s.index = at, step
+	_, err := s.out.Write(b)
+	if cut && err == nil {
+		err = s.say("the log has reached its limit; what the job prints from here on is dropped (limits.log in the policy)")
+	}
+	s.err = err
+	return err
+}
+
+// flush sends what the mask still holds back: at the end of a step nothing can
+// follow that would complete a secret.
+func (s *stream) flush() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return errors.Join(s.err, s.out.Flush())
+}
+
+// notLost sends what is held back, whatever became of earlier lines.
+func (s *stream) notLost() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.out.Flush(); s.err == nil {
+		s.err = err
+	}
+}
+
+// notice adds a line of the agent's own. It is masked like everything else.
+func (s *stream) notice(step int, text string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.at, s.index = time.Now(), max(step, 0)
+	if err := s.say(text); s.err == nil {
+		s.err = err
+	}
+}
+
+func (s *stream) say(text string) error {
+	if err := s.out.Flush(); err != nil {
+		return err
+	}
+	if s.midline {
+		text = "\n" + noticeMark + text
+	} else {
+		text = noticeMark + text
+	}
+	if _, err := s.out.Write([]byte(text + "\n")); err != nil {
+		return err
+	}
+	return s.out.Flush()
+}
+
+// refusal shows a refused attempt to reach something, once, with what would
+// allow it.
+func (s *stream) refusal(line egress.Line) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	key := refusal{line.Name + line.Address, line.Port, line.Rule}
+	if s.shown[key] || len(s.shown) > refusalsShown {
+		return
+	}
+	s.shown[key] = true
+	text := fmt.Sprintf("%s: %s", line.Verdict, line.Reason)
+	if len(s.shown) > refusalsShown {
+		text = "more attempts were refused: see the ledger (mayfly audit show)"
+	} else if rule := line.Suggest(); rule != "" && line.Verdict == egress.Refused {
+		text += "; a rule that would allow it: " + rule
+	}
+	s.at = time.Now()
+	if err := s.say(text); s.err == nil {
+		s.err = err
+	}
+}
+
+// hide masks a whole string, for what does not go through the stream.
+func (s *stream) hide(text string) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.set.Mask(text)
+}
+
+// step tells the provider that a step changed its state.
+func (s *stream) step(state providers.StepState) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.log == nil {
+		return s.err
+	}
+	return errors.Join(s.err, s.log.Step(state))
+}
+
+// send is behind the mask.
+func (s *stream) send(b []byte) error {
+	if len(b) == 0 {
+		return nil
+	}
+	s.midline = b[len(b)-1] != '\n'
+	if s.log == nil {
+		return nil
+	}
+	return s.log.Write(s.at, s.index, b)
+}
+
+// closeLog makes the log whole before the result is reported. After a crash
+// there is no stream: the log is opened again and told what happened.
+func (a *Agent) closeLog(ctx context.Context, p providers.Provider, d journal.Debt, out *stream, r providers.Result) error {
+	if out != nil && out.log != nil {
+		// A line that could not be written has ended the job already and is
+		// its reason; here it must not hold the report back for ever.
+		out.notLost()
+		return out.log.Close(ctx)
+	}
+	logger, ok := p.(providers.Logger)
+	if !ok {
+		return nil
+	}
+	log, err := logger.Log(ctx, d.Name, d.Handle)
+	if errors.Is(err, providers.ErrGone) {
+		return nil // never claimed, or reported already
+	}
+	if err != nil {
+		return err
+	}
+	if r.Reason != "" {
+		err = log.Write(time.Now(), 0, []byte(noticeMark+r.Reason+"\n"))
+	}
+	return errors.Join(err, log.Close(ctx))
+}

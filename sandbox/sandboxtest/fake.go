@@ -1,0 +1,224 @@
+// Package sandboxtest holds the conformance suite for sandbox.Runtime, and a
+// fake runtime for tests of the agent.
+//
+// The fake executes nothing: no runtime without a sandbox exists, not even for
+// tests. Its boxes are directories that outlive a killed process, and its
+// "processes" understand five words (see [Fake]).
+package sandboxtest
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/mayfly-ci/mayfly/sandbox"
+)
+
+// A Fake is a runtime whose boxes are directories below Dir.
+//
+// A process is a script that somebody Put at sandbox.Run+"/step". Each line is
+// one of
+//
+//	print TEXT     print TEXT and a newline
+//	env NAME       print the variable
+//	append F TEXT  add TEXT and a newline to the file F below sandbox.Run
+//	block          wait until the context ends
+//	exit N         end with status N
+type Fake struct {
+	Dir   string
+	Trace func(point string) // called between effects; nil is none
+	// Fail, if set, is asked before each call ("create", "destroy", "list",
+	// "run") and its error returned.
+	Fail func(call, name string) error
+
+	mu sync.Mutex
+}
+
+func (f *Fake) here(point string) {
+	if f.Trace != nil {
+		f.Trace(point)
+	}
+}
+
+func (f *Fake) fail(call, name string) error {
+	if f.Fail == nil {
+		return nil
+	}
+	return f.Fail(call, name)
+}
+
+// Create makes the directory of the box.
+func (f *Fake) Create(ctx context.Context, name string, s sandbox.Spec) (sandbox.Sandbox, error) {
+	if err := errors.Join(ctx.Err(), f.fail("create", name)); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	dir := filepath.Join(f.Dir, name)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		if errors.Is(err, fs.ErrExist) {
+			err = sandbox.ErrExists
+		}
+		return nil, fmt.Errorf("fake box %s: %w", name, err)
+	}
+	f.here("fake.box.made")
+	b, err := json.Marshal(sandbox.Info{Name: name, Labels: s.Labels, Expires: s.Expires})
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(filepath.Join(dir, "info.json"), b, 0o600); err != nil {
+		return nil, err
+	}
+	f.here("fake.box.labelled")
+	return &fakeBox{fake: f, name: name, files: map[string][]byte{}}, nil
+}
+
+// Destroy removes the directory of the box.
+func (f *Fake) Destroy(ctx context.Context, name string) error {
+	if err := errors.Join(ctx.Err(), f.fail("destroy", name)); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	err := os.Remove(filepath.Join(f.Dir, name, "info.json"))
+	f.here("fake.box.emptied")
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := os.Remove(filepath.Join(f.Dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// List reads the directories.
+func (f *Fake) List(ctx context.Context) ([]sandbox.Info, error) {
+	if err := errors.Join(ctx.Err(), f.fail("list", "")); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	entries, err := os.ReadDir(f.Dir)
+	if err != nil {
+		return nil, err
+	}
+	var infos []sandbox.Info
+	for _, e := range entries {
+		info := sandbox.Info{Name: e.Name()}
+		b, err := os.ReadFile(filepath.Join(f.Dir, e.Name(), "info.json"))
+		if err == nil {
+			err = json.Unmarshal(b, &info)
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+		infos = append(infos, info)
+	}
+	return infos, nil
+}
+
+// Check says that nothing is enforced, since nothing is executed.
+func (f *Fake) Check(context.Context) ([]sandbox.Claim, error) {
+	return []sandbox.Claim{{Name: "fake", Detail: "executes nothing"}}, nil
+}
+
+type fakeBox struct {
+	fake *Fake
+	name string
+
+	mu    sync.Mutex
+	files map[string][]byte
+}
+
+func (b *fakeBox) Attach(ctx context.Context) (sandbox.Sockets, error) {
+	return sandbox.Sockets{}, ctx.Err()
+}
+
+func (b *fakeBox) Put(ctx context.Context, dir string, r io.Reader) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for tr := tar.NewReader(r); ; {
+		h, err := tr.Next()
+		if errors.Is(err, io.EOF) {
+			return ctx.Err()
+		}
+		if err != nil {
+			return err
+		}
+		content, err := io.ReadAll(tr)
+		if err != nil {
+			return err
+		}
+		b.files[path.Join(dir, h.Name)] = content
+	}
+}
+
+func (b *fakeBox) Get(ctx context.Context, name string, limit int64) ([]byte, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	content, ok := b.files[name]
+	if !ok {
+		return nil, fs.ErrNotExist
+	}
+	if int64(len(content)) > limit {
+		return nil, fmt.Errorf("%s: %d bytes, at most %d", name, len(content), limit)
+	}
+	return bytes.Clone(content), ctx.Err()
+}
+
+func (b *fakeBox) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, error) {
+	if err := b.fake.fail("run", b.name); err != nil {
+		return sandbox.Exit{}, err
+	}
+	b.mu.Lock()
+	script := string(b.files[sandbox.Run+"/step"])
+	b.mu.Unlock()
+	for line := range strings.Lines(script) {
+		b.fake.here("fake.box.line")
+		word, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
+		switch word {
+		case "print", "env":
+			if word == "env" {
+				rest = lookup(p.Env, rest)
+			}
+			if err := p.Stdout(time.Now(), []byte(rest+"\n")); err != nil {
+				return sandbox.Exit{}, err
+			}
+		case "append":
+			file, text, _ := strings.Cut(rest, " ")
+			b.mu.Lock()
+			b.files[sandbox.Run+"/"+file] = append(b.files[sandbox.Run+"/"+file], text+"\n"...)
+			b.mu.Unlock()
+		case "block":
+			<-ctx.Done()
+		case "exit":
+			code, err := strconv.Atoi(rest)
+			return sandbox.Exit{Code: code}, err
+		}
+		if ctx.Err() != nil {
+			return sandbox.Exit{Code: 130, Signal: 2}, context.Cause(ctx)
+		}
+	}
+	return sandbox.Exit{}, nil
+}
+
+func lookup(env []string, name string) string {
+	for _, kv := range env {
+		if v, ok := strings.CutPrefix(kv, name+"="); ok {
+			return v
+		}
+	}
+	return ""
+}
