@@ -51,6 +51,9 @@ const (
 // reading only.
 var errPeeked = errors.New("state was opened for reading: an agent owns it")
 
+// errHalted ends a poll because a box will not die.
+var errHalted = errors.New("no new jobs while a box will not die")
+
 // Config is what an agent needs. The maps are keyed by the names that the
 // policy and the journal use.
 type Config struct {
@@ -80,7 +83,8 @@ type Agent struct {
 	mu    sync.Mutex
 	jobs  map[string]bool // that may own something: the reaper keeps off them
 	stuck int             // boxes that will not die: no new jobs while there is one
-	freed chan struct{}   // closed and replaced when stuck falls
+	halt  chan struct{}   // closed while stuck > 0
+	freed chan struct{}   // closed while stuck == 0
 }
 
 // New checks the configuration. A policy is needed: without one, no agent.
@@ -104,10 +108,12 @@ func New(cfg Config, state *State) (*Agent, error) {
 	orDefault(&cfg.ReleaseTimeout, defaultRelease)
 	orDefault(&cfg.StuckAfter, defaultStuck)
 	orDefault(&cfg.ReapEvery, defaultReap)
-	return &Agent{
+	a := &Agent{
 		cfg: cfg, state: state, slots: make(chan struct{}, cfg.Slots),
-		jobs: map[string]bool{}, freed: make(chan struct{}),
-	}, nil
+		jobs: map[string]bool{}, halt: make(chan struct{}), freed: make(chan struct{}),
+	}
+	close(a.freed)
+	return a, nil
 }
 
 func orDefault(d *time.Duration, v time.Duration) {
@@ -152,10 +158,10 @@ func (a *Agent) poll(ctx, kill context.Context, provider string, done func(), le
 	var jobs sync.WaitGroup
 	defer jobs.Wait()
 	for wait := retryFirst; a.slot(ctx); {
-		offer, err := a.cfg.Providers[provider].Poll(ctx)
+		offer, err := a.ask(ctx, provider)
 		if err != nil {
 			<-a.slots
-			if ctx.Err() == nil {
+			if ctx.Err() == nil && !errors.Is(err, errHalted) {
 				a.cfg.Log.Error().Err(err).Str("provider", provider).Dur("retry_in", wait).Msg("poll")
 				pause(ctx, wait)
 				wait = backoff(wait)
@@ -180,32 +186,72 @@ func (a *Agent) poll(ctx, kill context.Context, provider string, done func(), le
 	}
 }
 
+// ask polls, and gives up as soon as a box turns out not to die.
+func (a *Agent) ask(ctx context.Context, provider string) (providers.Offer, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	halt, _ := a.gates()
+	answered, watching := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(watching)
+		select {
+		case <-halt:
+			cancel(errHalted)
+		case <-answered:
+		}
+	}()
+	offer, err := a.cfg.Providers[provider].Poll(ctx)
+	close(answered)
+	<-watching
+	if errors.Is(context.Cause(ctx), errHalted) {
+		err = errHalted // holding an offer holds nothing
+	}
+	return offer, err
+}
+
+func (a *Agent) gates() (halt, freed chan struct{}) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.halt, a.freed
+}
+
+// jam counts a box that will not die, until the function that it returns is
+// called.
+func (a *Agent) jam() func() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.stuck++; a.stuck == 1 {
+		close(a.halt)
+		a.freed = make(chan struct{})
+	}
+	return func() {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if a.stuck--; a.stuck == 0 {
+			close(a.freed)
+			a.halt = make(chan struct{})
+		}
+	}
+}
+
 // slot waits for a free slot, and for boxes that will not die. It returns false
 // when ctx ends.
 func (a *Agent) slot(ctx context.Context) bool {
-	for {
-		a.mu.Lock()
-		stuck, freed := a.stuck > 0, a.freed
-		a.mu.Unlock()
-		if !stuck {
-			break
-		}
-		select {
-		case <-freed:
-		case <-ctx.Done():
-			return false
-		}
-	}
 	select {
 	case a.slots <- struct{}{}:
-		if ctx.Err() == nil {
-			return true
-		}
-		<-a.slots
-		return false
 	case <-ctx.Done():
 		return false
 	}
+	_, freed := a.gates()
+	select {
+	case <-freed:
+		if ctx.Err() == nil {
+			return true
+		}
+	case <-ctx.Done():
+	}
+	<-a.slots
+	return false
 }
 
 // enlist tells the reaper that the job may own things; the function that it

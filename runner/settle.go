@@ -64,17 +64,7 @@ func (a *Agent) giveUpWaiting(ctx context.Context, log *journal.Log, out *stream
 	if !owed(log, kindBox) {
 		return func() {}
 	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.stuck++
-	return func() {
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		if a.stuck--; a.stuck == 0 {
-			close(a.freed)
-			a.freed = make(chan struct{})
-		}
-	}
+	return a.jam()
 }
 
 // probe uses a revoked lease until its provider refuses it, or ctx ends.
