@@ -1,0 +1,61 @@
+# Everything that can be done with this repository. Bare `make` lists it.
+
+SHELL       := /bin/bash -eo pipefail
+GOARCH      := $(or $(GOARCH),$(shell go env GOARCH))
+VERSION     := $(or $(VERSION),$(shell git -c safe.directory='*' describe --tags --always --dirty),unknown)
+FUZZTIME    ?= 10s
+TESTTIMEOUT ?= 10m
+export GOARCH FUZZTIME
+
+# No VCS stamp and no paths: the same source gives the same bytes anywhere.
+BUILD := CGO_ENABLED=0 go build -buildvcs=false -trimpath
+GUEST := sandbox/guest/bin/mayfly-guest-$(GOARCH)
+
+# Debian packages that the tests, the demo and the benchmark use.
+DEBIAN := ca-certificates curl e2fsprogs gcc git libc6-dev make nodejs postgresql python3 runc util-linux
+
+# Directories that hold crash tests.
+CRASH := $(addsuffix /...,$(wildcard ./test/crash ./runner))
+
+.DEFAULT_GOAL := help
+.PHONY: help build guest demo test cross bench crash fuzz lint release deps
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: guest ## bin/mayfly, one static binary
+	$(BUILD) -ldflags='-s -w -X main.version=$(VERSION)' -o bin/mayfly ./cmd/mayfly
+
+guest: # process 1 of a box; mayfly embeds the one of its own architecture
+	@rm -f $(filter-out $(GUEST),$(wildcard sandbox/guest/bin/mayfly-guest-*))
+	$(BUILD) -ldflags='-s -w' -o $(GUEST) ./cmd/mayfly-guest
+
+demo: deps build ## a real job from claim to report, and what is left of it (nothing)
+	go run ./test/demo
+
+test: deps guest cross ## every test, with the race detector, as root
+	go vet ./...
+	go test -race -count=1 -timeout=$(TESTTIMEOUT) ./...
+
+cross: # the other architecture compiles, tests included
+	CGO_ENABLED=0 GOARCH=arm64 go build ./...
+	CGO_ENABLED=0 GOARCH=arm64 go vet ./...
+
+bench: deps build ## the budgets of the design; JSON to the file that BENCH_JSON names
+	go run ./test/bench
+
+crash: deps guest ## kill the agent at every point of a job's life and of the recovery
+	go vet -tags failpoint ./...
+	go test -tags failpoint -count=1 -timeout=$(TESTTIMEOUT) $(CRASH)
+
+fuzz: guest ## every fuzz test for FUZZTIME (10s) each
+	test/scripts/fuzz.sh
+
+lint: ## format, modules, vet, staticcheck, errcheck
+	test/scripts/lint.sh
+
+release: ## dist/: static binaries for amd64 and arm64, built twice and compared
+	test/scripts/release.sh
+
+deps: # Debian packages; silent and quick when nothing is missing
+	@test/scripts/deps.sh $(DEBIAN)
