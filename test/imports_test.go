@@ -1,0 +1,278 @@
+package test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/mayfly-ci/mayfly"
+
+// A row says which packages of this module a package may import. A name that
+// ends in /... stands for everything below; of several rows that fit a package
+// the longest name counts. ARCHITECTURE.md shows the same rows.
+type row struct {
+	pkg string
+	may string // space between; "" is none, "..." is any
+	why string
+}
+
+// In one sentence: contracts import nothing, implementations import their
+// contract, the runner imports contracts, cmd imports everything.
+func table() []row {
+	return []row{
+		{"creds", "", "a contract; Secret is needed everywhere"},
+		{"creds/...", "creds", "an issuer knows its contract and its provider, and no other part"},
+		{"providers", "creds", "a contract; a CI service puts secrets of its own into a job"},
+		{"providers/...", "providers creds providers/workflow", "a service knows its contract and the workflow syntax, and no box"},
+		{"sandbox", "", "a contract"},
+		{"sandbox/...", "sandbox sandbox/egress sandbox/netns sandbox/guest", "a runtime builds boxes and their network, and knows neither jobs nor policy"},
+		{"sandbox/native", "sandbox sandbox/egress sandbox/netns sandbox/guest sandbox/native/boxinit", "a runtime, and what it makes of the first process of a box"},
+		{"sandbox/native/boxinit", "sandbox/netns", "linked into process 1 of a box, which is small and starts fast: not even the contract"},
+		{"sandbox/guest", "sandbox sandbox/guest/wire", "the agent's end of the stream to a box"},
+		{"sandbox/guest/wire", "", "linked into process 1"},
+		{"sandbox/guest/serve", "sandbox/guest/wire", "linked into process 1"},
+		{"sandbox/netns", "", "linked into process 1"},
+		{"sandbox/netns/netnstest", "sandbox/netns sandbox/egress", "the inside of a box's network, for tests of gateways"},
+		{"sandbox/egress", "creds", "a contract; rules will carry credentials that the gateway adds"},
+		{"sandbox/egress/...", "sandbox/egress creds", "a gateway serves sockets and does not care which runtime made them"},
+		{"runner/audit", "", "a contract; an auditor reads the file without the agent"},
+		{"runner/audit/...", "runner/audit", "the suite of the contract"},
+		{"runner/policy", "providers sandbox sandbox/egress creds configs/strict", "pure: types of the contracts, and the decoder that refuses unknown keys"},
+		{"runner/internal/...", "runner/internal/...", "the journal knows names and bytes, not what they stand for"},
+		{"runner", "providers providers/workflow sandbox sandbox/egress creds creds/mask runner/policy runner/audit runner/internal/...", "the life of a job is written against contracts: it knows no implementation"},
+		{"configs/strict", "", "one way to read YAML, for configuration and policy"},
+		{"configs", "configs/strict", "splits a file into sections; their owners decode them"},
+		{"cmd/mayfly-guest", "sandbox/guest/serve sandbox/native/boxinit", "process 1 of a box"},
+		{"cmd/mayfly", "...", "the only place that knows implementations"},
+		{"test/...", "...", "tests of the whole"},
+	}
+}
+
+// A confinement says which packages may import a module of somebody else.
+type confinement struct {
+	module string
+	pkgs   string // these packages
+	tests  string // and the tests of these
+	why    string
+}
+
+func confinements() []confinement {
+	return []confinement{
+		{"github.com/jackc/pgx/v5", "creds/postgres test/...", "creds/postgres runner cmd/mayfly", "one issuer speaks PostgreSQL"},
+		{"github.com/rhysd/actionlint", "providers/workflow", "providers/workflow", "a parser with types of its own: they end at the package that uses it"},
+		{"go.yaml.in/yaml/v4", "configs/strict providers/workflow", "configs/strict", "one way to read YAML; providers/workflow counts aliases with it before it parses"},
+		{"github.com/google/nftables", "", "sandbox/...", "checks the ruleset that the box is given as bytes"},
+		{"github.com/mdlayher/netlink", "", "sandbox/...", "as nftables"},
+		{"github.com/elastic/go-seccomp-bpf", "sandbox/native/...", "sandbox/native/...", "one runtime writes system call filters"},
+		{"github.com/rs/zerolog", "cmd/mayfly runner test/...", "...", "implementations return errors and do not log"},
+		{"github.com/rogpeppe/go-internal", "", "...", "test scripts"},
+		{"golang.org/x/net", "sandbox/egress/... sandbox/native/... sandbox/netns/... test/...", "...", "DNS messages and packet filters"},
+		{"golang.org/x/sys", "sandbox/native/... sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/internal/... cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
+	}
+}
+
+// A listed package is what "go list -json" says of one.
+type listed struct {
+	ImportPath, Name                   string
+	GoFiles                            []string
+	Imports, TestImports, XTestImports []string
+}
+
+func (l listed) pkg() string {
+	return strings.TrimPrefix(strings.TrimPrefix(l.ImportPath, module), "/")
+}
+
+func TestImports(t *testing.T) {
+	t.Parallel()
+	seen := map[string]bool{}
+	for _, tags := range []string{"", "failpoint"} {
+		pkgs := list(t, tags)
+		for _, finding := range slices.Concat(badImports(table(), pkgs), badModules(confinements(), pkgs)) {
+			if !seen[finding] {
+				t.Error(finding)
+			}
+			seen[finding] = true
+		}
+	}
+}
+
+// TestImportsCanFail gives the tables packages that break them.
+func TestImportsCanFail(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ pkg, imp, want string }{
+		{"creds", "sandbox", "creds must not import sandbox"},
+		{"sandbox", "creds", "sandbox must not import creds"},
+		{"providers/local", "sandbox", "providers/local must not import sandbox"},
+		{"providers/local", "providers/github", "must not import providers/github"},
+		{"sandbox/native", "runner/policy", "must not import runner/policy"},
+		{"sandbox/native", "creds", "must not import creds"},
+		{"sandbox/guest/serve", "sandbox", "must not import sandbox"},
+		{"sandbox/guest/serve", "sandbox/guest", "must not import sandbox/guest"},
+		{"sandbox/netns", "sandbox/guest", "must not import sandbox/guest"},
+		{"runner", "sandbox/native", "must not import sandbox/native"},
+		{"runner", "creds/postgres", "must not import creds/postgres"},
+		{"runner/policy", "runner", "must not import runner"},
+		{"runner/audit", "creds", "must not import creds"},
+		{"configs", "runner", "must not import runner"},
+		{"cmd/mayfly-guest", "sandbox", "must not import sandbox"},
+		{"plugins", "creds", "no row for plugins"},
+		{"cmd/mayfly", "sandbox/native", ""},
+		{"runner", "creds/mask", ""},
+		{"providers/github", "providers/workflow", ""},
+		{"sandbox/native", "sandbox/native/boxinit", ""},
+		{"test/crash", "runner", ""},
+	} {
+		got := badImports(table(), []listed{{ImportPath: module + "/" + c.pkg, Imports: []string{"fmt", module + "/" + c.imp}}})
+		expect(t, fmt.Sprintf("%s imports %s", c.pkg, c.imp), got, c.want)
+	}
+	const pgx = "github.com/jackc/pgx/v5"
+	for _, c := range []struct {
+		pkg  listed
+		want string
+	}{
+		{listed{Imports: []string{pgx}}, "must not import " + pgx},
+		{listed{Imports: []string{pgx + "/pgconn"}}, "must not import " + pgx + "/pgconn"},
+		{listed{XTestImports: []string{pgx}}, "the tests of creds/vault must not import " + pgx},
+		{listed{Imports: []string{"example.com/x"}}, "no row for example.com/x"},
+		{listed{TestImports: []string{"example.com/x"}}, "no row for example.com/x"},
+		{listed{Imports: []string{"net/http", "encoding/json/v2", module + "/creds"}}, ""},
+	} {
+		c.pkg.ImportPath = module + "/creds/vault"
+		expect(t, fmt.Sprintf("%+v", c.pkg), badModules(confinements(), []listed{c.pkg}), c.want)
+	}
+}
+
+func expect(t *testing.T, what string, got []string, want string) {
+	t.Helper()
+	if (len(got) > 0) != (want != "") || !strings.Contains(strings.Join(got, "\n"), want) {
+		t.Errorf("%s: the rule says %q, want %q", what, got, want)
+	}
+}
+
+// badImports reports imports inside the module that the table does not allow.
+func badImports(rows []row, pkgs []listed) []string {
+	var found []string
+	for _, p := range pkgs {
+		r, ok := rowOf(rows, p.pkg())
+		if !ok {
+			if p.pkg() != "test" {
+				found = append(found, fmt.Sprintf("no row for %s: say in imports_test.go what it may import, and why", p.pkg()))
+			}
+			continue
+		}
+		for _, imp := range p.Imports {
+			in, ours := strings.CutPrefix(imp, module+"/")
+			if ours && !matches(r.may, in) {
+				found = append(found, fmt.Sprintf("%s must not import %s: %s", p.pkg(), in, r.why))
+			}
+		}
+	}
+	return found
+}
+
+// rowOf is the row with the longest name that fits pkg.
+func rowOf(rows []row, pkg string) (row, bool) {
+	var best row
+	for _, r := range rows {
+		if matches(r.pkg, pkg) && len(r.pkg) > len(best.pkg) {
+			best = r
+		}
+	}
+	return best, best.pkg != ""
+}
+
+// matches reports whether one of the patterns stands for pkg.
+func matches(patterns, pkg string) bool {
+	return slices.ContainsFunc(strings.Fields(patterns), func(p string) bool {
+		below, ok := strings.CutSuffix(p, "...")
+		return p == pkg || ok && (strings.HasPrefix(pkg, below) || pkg+"/" == below)
+	})
+}
+
+// badModules reports imports of other modules that are not confined there.
+func badModules(rows []confinement, pkgs []listed) []string {
+	var found []string
+	for _, p := range pkgs {
+		for _, imp := range p.Imports {
+			if c, ok := confined(rows, imp, &found); ok && !matches(c.pkgs, p.pkg()) {
+				found = append(found, fmt.Sprintf("%s must not import %s: %s", p.pkg(), imp, c.why))
+			}
+		}
+		for _, imp := range slices.Concat(p.TestImports, p.XTestImports) {
+			if c, ok := confined(rows, imp, &found); ok && !matches(c.pkgs, p.pkg()) && !matches(c.tests, p.pkg()) {
+				found = append(found, fmt.Sprintf("the tests of %s must not import %s: %s", p.pkg(), imp, c.why))
+			}
+		}
+	}
+	return found
+}
+
+// confined is the row of a package of somebody else. One without a row is a
+// finding.
+func confined(rows []confinement, imp string, found *[]string) (confinement, bool) {
+	first, _, _ := strings.Cut(imp, "/")
+	if !strings.Contains(first, ".") || imp == module || strings.HasPrefix(imp, module+"/") {
+		return confinement{}, false
+	}
+	for _, c := range rows {
+		if imp == c.module || strings.HasPrefix(imp, c.module+"/") {
+			return c, true
+		}
+	}
+	*found = append(*found, fmt.Sprintf("no row for %s: say in imports_test.go who may import it, and why", imp))
+	return confinement{}, false
+}
+
+// list asks the go command for all packages of the module.
+func list(t *testing.T, tags string) []listed {
+	t.Helper()
+	out := run(t, "go", "list", "-e", "-tags="+tags, "-json=ImportPath,Name,GoFiles,Imports,TestImports,XTestImports", "./...")
+	var pkgs []listed
+	for d := json.NewDecoder(bytes.NewReader(out)); ; {
+		var p listed
+		if err := d.Decode(&p); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatalf("go list: %v", err)
+		}
+		pkgs = append(pkgs, p)
+	}
+	if len(pkgs) < 10 {
+		t.Fatalf("go list names %d packages, want all of them", len(pkgs))
+	}
+	return pkgs
+}
+
+// run executes a command in the module's directory for what it prints.
+func run(t *testing.T, name string, args ...string) []byte {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), name, args...)
+	cmd.Dir = root
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%s: %v\n%s", strings.Join(cmd.Args, " "), err, &stderr)
+	}
+	return out
+}
+
+// read is a file of the repository.
+func read(t *testing.T, name string) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(root, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}

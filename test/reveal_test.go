@@ -1,0 +1,86 @@
+package test
+
+import (
+	"go/ast"
+	"slices"
+	"testing"
+)
+
+// revealers are the functions that may turn a creds.Secret into a string, and
+// why. Everything else handles the Secret, which prints as "[secret]".
+var revealers = map[string]string{
+	"runner/environ.go (*steps).field":                   "the value becomes a variable or a file of the step that the policy named",
+	"creds/mask/mask.go (*Set).With":                     "the mask must know what to hide",
+	"providers/workflow/value.go (*evaluator).canonical": "an expression of the workflow computes with it: ${{ secrets.X }}",
+}
+
+// TestReveal finds every mention of a Reveal method, called or not.
+func TestReveal(t *testing.T) {
+	t.Parallel()
+	used := map[string]bool{}
+	rule{
+		name: "Reveal", why: "a secret leaves its wrapping only where it leaves for its user; revealers in reveal_test.go lists the places",
+		check: func(s *source) []string {
+			var found []string
+			for _, in := range revealsIn(s) {
+				used[in.place] = true
+				if _, ok := revealers[in.place]; !ok {
+					found = append(found, s.at(in.node.Pos(), "%s reveals a secret", in.place))
+				}
+			}
+			return found
+		},
+		bad: [][2]string{
+			code("a/b.go", "func f(s creds.Secret) string { return s.Reveal() }"),
+			code("a/b.go", "func f(s creds.Secret) func() string { return s.Reveal }"),
+			code("a/b.go", "var reveal = creds.Secret.Reveal"),
+			code("a/b.go", "type i interface{ Reveal() string }"),
+		},
+		good: [][2]string{
+			code("a/b_test.go", "func f(s creds.Secret) string { return s.Reveal() }"),
+			code("creds/secret.go", "func (s Secret) Reveal() string { return *s.v }"),
+		},
+	}.hold(t)
+	t.Cleanup(func() {
+		for place := range revealers {
+			if !used[place] {
+				t.Errorf("%s may reveal secrets and does not", place)
+			}
+		}
+	})
+}
+
+type revelation struct {
+	place string // "runner/environ.go (*steps).field"
+	node  ast.Node
+}
+
+// revealsIn are the places of a file, tests excepted, that name a Reveal method.
+func revealsIn(s *source) []revelation {
+	if isTest(s) {
+		return nil
+	}
+	var found []revelation
+	for _, d := range s.file.Decls {
+		place := s.path
+		if fn, ok := d.(*ast.FuncDecl); ok {
+			place += " " + funcName(fn)
+		}
+		ast.Inspect(d, func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.SelectorExpr:
+				if n.Sel.Name == "Reveal" {
+					found = append(found, revelation{place, n})
+				}
+			case *ast.InterfaceType:
+				for _, m := range n.Methods.List {
+					if slices.ContainsFunc(m.Names, func(id *ast.Ident) bool { return id.Name == "Reveal" }) {
+						found = append(found, revelation{place, n})
+					}
+				}
+			}
+			return true
+		})
+	}
+	return found
+}
