@@ -1,0 +1,58 @@
+// Command mayfly-guest is process 1 of every box. It is not run by hand: a
+// runtime puts it into the box and speaks to it (see sandbox/guest).
+//
+//	mayfly-guest serve [EXPIRES]    the stream is descriptor 3
+//	mayfly-guest stdio [EXPIRES]    the stream is descriptors 0 and 1
+//
+// EXPIRES is the Unix time, in seconds, at which it exits whatever happens. It
+// exits with 0 when the stream ends, 1 on an error, 2 if it is called wrongly.
+package main
+
+import (
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/mayfly-ci/mayfly/sandbox/guest/serve"
+)
+
+func main() {
+	os.Exit(run(os.Args[1:]))
+}
+
+func run(args []string) int {
+	if len(args) < 1 || len(args) > 2 {
+		return usage()
+	}
+	var o serve.Options
+	if len(args) == 2 {
+		seconds, err := strconv.ParseInt(args[1], 10, 64)
+		if err != nil {
+			return usage()
+		}
+		o.Expires = time.Unix(seconds, 0)
+	}
+	var err error
+	switch args[0] {
+	case "serve":
+		err = serve.OnDescriptor(3, o)
+	case "stdio":
+		err = serve.OnStdio(o)
+	default:
+		return usage()
+	}
+	if err != nil {
+		return fail("mayfly-guest: "+err.Error()+"\n", 1)
+	}
+	return 0
+}
+
+func usage() int {
+	return fail("usage: mayfly-guest serve|stdio [EXPIRES]\n", 2)
+}
+
+// fail prints what is wrong. If that cannot be printed there is nobody to read it.
+func fail(text string, status int) int {
+	_, _ = os.Stderr.WriteString(text) //nolint:errcheck // see above
+	return status
+}

@@ -1,0 +1,222 @@
+package guest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/guest/wire"
+)
+
+// A process is the guest's half of a Run: what the reading goroutine knows of it.
+type process struct {
+	output *wire.Inbox
+	exit   sandbox.Exit  // valid when exited is closed
+	exited chan struct{} // closed by receive
+}
+
+// receive takes a frame of the process. The caller holds Client.mu.
+func (r *process) receive(t wire.Type, p []byte) error {
+	if isClosed(r.exited) {
+		return fmt.Errorf("%w: type %d after the exit", wire.ErrFrame, t)
+	}
+	if t == wire.Exit {
+		status, signal, err := wire.ParseExit(p)
+		if err != nil {
+			return fmt.Errorf("exit: %w", err)
+		}
+		r.exit = sandbox.Exit{Code: int(status), Signal: int(signal)}
+		if signal != 0 {
+			r.exit.Code = 128 + int(signal)
+		}
+		close(r.exited)
+		return nil
+	}
+	if _, _, err := wire.ParseStamp(p); err != nil {
+		return fmt.Errorf("output: %w", err)
+	}
+	if !r.output.Put(t, p) {
+		return fmt.Errorf("%w: more output than was granted", wire.ErrFrame)
+	}
+	return nil
+}
+
+// Run implements sandbox.Sandbox. The guest cannot see why the kernel killed a
+// process: a runtime that can sets Exit.OOM. Both outputs are called by the
+// calling goroutine, and Run does not return before they do. A second Run while
+// one is under way is ErrBusy. If the guest dies, what it had sent is delivered
+// before ErrDied is returned.
+func (c *Client) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, error) {
+	if ctx.Err() != nil {
+		return sandbox.Exit{}, context.Cause(ctx)
+	}
+	if p.Grace == 0 {
+		p.Grace = c.grace
+	}
+	if p.Grace < 0 || p.Grace > maxGrace {
+		return sandbox.Exit{}, fmt.Errorf("run: grace %v is not between 0 and %v", p.Grace, maxGrace)
+	}
+	if p.Dir == "" {
+		p.Dir = sandbox.Workspace
+	}
+	if startSize(p) > wire.MaxStart {
+		return tooLong(p)
+	}
+	r := &process{output: wire.NewInbox(), exited: make(chan struct{})}
+	if err := c.adopt(r); err != nil {
+		return sandbox.Exit{}, err
+	}
+	defer c.abandon()
+	if err := c.send(wire.AppendStart(nil, wire.Command{Dir: p.Dir, Args: p.Args, Env: p.Env})); err != nil {
+		return sandbox.Exit{}, err
+	}
+	f := follower{client: c, process: r, spec: p}
+	return f.follow(ctx)
+}
+
+// startSize is the size of the payload of a Start for p.
+func startSize(p sandbox.Process) int {
+	size := 4 + len(p.Dir) + 4
+	for _, s := range p.Args {
+		size += 4 + len(s)
+	}
+	for _, s := range p.Env {
+		size += 4 + len(s)
+	}
+	return size
+}
+
+// tooLong answers for a process that no Linux could start, as a shell does.
+func tooLong(p sandbox.Process) (sandbox.Exit, error) {
+	exit := sandbox.Exit{Code: 126}
+	if p.Stderr == nil {
+		return exit, nil
+	}
+	if err := p.Stderr(time.Now(), []byte("mayfly: argument list too long\n")); err != nil {
+		return exit, fmt.Errorf("output: %w", err)
+	}
+	return exit, nil
+}
+
+// adopt makes r the process of the box.
+func (c *Client) adopt(r *process) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		return c.err
+	}
+	if c.process != nil {
+		return ErrBusy
+	}
+	c.process = r
+	return nil
+}
+
+// abandon makes room for the next process.
+func (c *Client) abandon() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.process = nil
+}
+
+// A follower is the agent's half of a Run.
+type follower struct {
+	client   *Client
+	process  *process
+	spec     sandbox.Process
+	spare    []byte    // memory to hand back to the inbox
+	unpaid   int       // bytes read and not granted again
+	broken   bool      // an output failed: the rest is discarded
+	cause    error     // why the process is being stopped, or nil
+	deadline time.Time // when the guest must have stopped it
+	overdue  <-chan time.Time
+}
+
+// follow delivers output until the process has exited, and stops it when ctx
+// ends or an output fails.
+func (f *follower) follow(ctx context.Context) (sandbox.Exit, error) {
+	c, r := f.client, f.process
+	ctxDone := ctx.Done()
+	for {
+		// Looked at before the output is taken, so that the last of it is.
+		exited, died := isClosed(r.exited), isClosed(c.done)
+		f.deliver()
+		switch {
+		case exited:
+			return r.exit, f.cause
+		case died:
+			return sandbox.Exit{}, errors.Join(f.cause, c.Err())
+		}
+		select {
+		case <-r.output.Wake():
+		case <-r.exited:
+		case <-c.done:
+		case <-ctxDone:
+			ctxDone = nil
+			f.stop(context.Cause(ctx))
+		case <-f.overdue:
+			left := time.Until(f.deadline)
+			if left <= 0 {
+				c.kill(errors.New("the guest did not stop the process in time"))
+			}
+			f.overdue = time.After(max(left, 0))
+		}
+	}
+}
+
+// stop tells the guest to stop the process, once, and sets the alarm for a
+// guest that does not. A process that has exited is not stopped any more.
+func (f *follower) stop(cause error) {
+	if f.cause != nil || isClosed(f.process.exited) {
+		return
+	}
+	f.cause = cause
+	allowed := 2*f.spec.Grace + f.client.wait
+	f.deadline = time.Now().Add(allowed)
+	f.overdue = time.After(allowed)
+	f.tell(wire.Stop, int(f.spec.Grace.Milliseconds()))
+}
+
+// deliver gives what has arrived to the outputs and grants as much again. The
+// time that the outputs take is not held against the guest.
+func (f *follower) deliver() {
+	batch := f.process.output.Take(f.spare)
+	f.spare = batch
+	for t, p, rest, ok := wire.Cut(batch); ok; t, p, rest, ok = wire.Cut(rest) {
+		f.unpaid += wire.HeaderSize + len(p)
+		began := time.Now()
+		f.output(t, p)
+		f.deadline = f.deadline.Add(time.Since(began))
+		if f.unpaid >= wire.GrantAt && !isClosed(f.process.exited) {
+			f.tell(wire.Grant, f.unpaid)
+			f.unpaid = 0
+		}
+	}
+}
+
+// output calls the output that a frame is for. An error of it ends the process.
+func (f *follower) output(t wire.Type, p []byte) {
+	out := f.spec.Stdout
+	if t == wire.Stderr {
+		out = f.spec.Stderr
+	}
+	nanos, b, err := wire.ParseStamp(p)
+	if f.broken || out == nil || err != nil || len(b) == 0 {
+		return // err was checked when the frame arrived
+	}
+	if err := out(time.Unix(0, nanos), b); err != nil {
+		f.broken = true
+		f.stop(fmt.Errorf("output: %w", err))
+		if f.cause == nil { // it has exited before
+			f.cause = fmt.Errorf("output: %w", err)
+		}
+	}
+}
+
+// tell sends a number. If that fails the client is dead, which follow sees.
+func (f *follower) tell(t wire.Type, n int) {
+	//nolint:errcheck,gosec // see above; grace and window are far below 4 GiB
+	f.client.send(wire.AppendUint32(nil, t, uint32(n)))
+}

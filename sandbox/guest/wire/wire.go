@@ -1,0 +1,337 @@
+// Package wire is the framed protocol between the agent and the guest, the
+// program that is process 1 of every box. Both ends import it and nothing else
+// knows it.
+//
+// A frame is a type byte, the length of the payload as a big-endian uint32, and
+// the payload. There is one stream, and on it two conversations that do not
+// wait for each other: the process (Start, Stop, Stdout, Stderr, Exit) and the
+// transfer (Put or Get). Each holds at most one thing at a time and frames of a
+// conversation keep their order, so frames carry no numbers.
+//
+//	guest                                agent
+//	  Hello ────────────────────────────▶
+//	  ◀──────────────────────────── Start
+//	  Stdout, Stderr… ──────────────────▶   at most Window unread bytes,
+//	  ◀─────────────────────────── Grant…   more when the agent grants them
+//	  ◀───────────────────────────── Stop   at any time
+//	  Exit ─────────────────────────────▶   after the last output
+//
+//	  ◀─────── PutOpen, PutData…, PutEnd    at most Window unread bytes
+//	  Grant… ───────────────────────────▶
+//	  Result ───────────────────────────▶   early, if it goes wrong
+//
+//	  ◀────────────────────────── GetOpen
+//	  FileData…, Result ────────────────▶
+//	  ◀─────────────────────────── Cancel   ends the transfer under way, if any
+//
+// Because of the grants neither end ever has to stop reading: a step whose
+// output nobody takes blocks, and a Stop still reaches it.
+package wire
+
+import (
+	"encoding/binary"
+	"errors"
+	"strings"
+)
+
+// Version is the revision of the protocol. Both ends come from one build, so
+// they either agree or something is wrong with the installation.
+const Version = 1
+
+// A Type says what a frame is. The two directions share no type but Grant, so
+// an end that is fed its own output refuses it.
+type Type byte
+
+// Frames from the agent to the guest.
+const (
+	Start   Type = 1 + iota // run a process: AppendStart
+	Stop                    // interrupt, terminate, kill: uint32 milliseconds between them
+	PutOpen                 // unpack a tar stream: the directory
+	PutData                 // the next bytes of it
+	PutEnd                  // no more bytes
+	GetOpen                 // send a file: AppendGet
+	Cancel                  // give up the transfer; empty
+)
+
+// Grant lets the other end send more bytes: uint32, headers included.
+const Grant Type = 32
+
+// Frames from the guest to the agent.
+const (
+	Hello    Type = 64 + iota // first frame of all: AppendHello
+	Stdout                    // int64 Unix nanoseconds, then output
+	Stderr                    // the same
+	Exit                      // status byte, signal byte
+	FileData                  // the next bytes of the file asked for
+	Result                    // end of a transfer: Code byte, then a message
+)
+
+const (
+	// HeaderSize is the type byte and the length.
+	HeaderSize = 1 + 4
+
+	// StampSize is the time at the front of a Stdout or Stderr payload.
+	StampSize = 8
+
+	// MaxData is the most bytes of output or file in one frame: what a pipe
+	// holds on Linux, so that one read empties it.
+	MaxData = 64 << 10
+
+	// MaxStart is the most a Start may hold. Linux takes at most 6 MiB of
+	// arguments and environment together (execve(2)), so more could not run.
+	MaxStart = 6 << 20
+
+	// MaxPath is the longest path that Linux takes (PATH_MAX).
+	MaxPath = 4096
+
+	// MaxMessage bounds the text of a Result: one line for a person.
+	MaxMessage = 1 << 10
+
+	// Window is how many bytes, headers included, may be on their way or
+	// unread in one direction of one conversation: four full frames, so that
+	// both ends can work at the same time. It is what a hostile peer can make
+	// the other end keep in memory.
+	Window = 4 * (HeaderSize + StampSize + MaxData)
+
+	// GrantAt is how much is read before it is granted again: small enough
+	// that the sender need not wait, large enough that short lines do not
+	// each cost a frame in the other direction.
+	GrantAt = Window / 4
+)
+
+// ErrFrame reports bytes that are no frame of this protocol.
+var ErrFrame = errors.New("bad frame")
+
+// A Side says which end of the stream sends.
+type Side byte
+
+// The two ends.
+const (
+	FromAgent Side = 1
+	FromGuest Side = 2
+)
+
+// limit returns the longest payload that t may have when s sends it, or -1.
+func limit(s Side, t Type) int {
+	if s == FromAgent {
+		switch t {
+		case Start:
+			return MaxStart
+		case Stop, Grant:
+			return 4
+		case PutOpen:
+			return MaxPath
+		case PutData:
+			return MaxData
+		case PutEnd, Cancel:
+			return 0
+		case GetOpen:
+			return 8 + MaxPath
+		}
+		return -1
+	}
+	switch t {
+	case Hello:
+		return helloSize
+	case Grant:
+		return 4
+	case Stdout, Stderr:
+		return StampSize + MaxData
+	case Exit:
+		return 2
+	case FileData:
+		return MaxData
+	case Result:
+		return 1 + MaxMessage
+	}
+	return -1
+}
+
+// A Code says how a transfer ended.
+type Code byte
+
+// How a transfer can end. Any other code is a broken protocol.
+const (
+	OK       Code = iota
+	NotExist      // no such file
+	Refused       // the request breaks a rule of the contract; the message says which
+	Failed        // the system said no; the message is its words
+	Canceled      // as the agent asked
+)
+
+// A Command is the payload of a Start.
+type Command struct {
+	Dir  string
+	Args []string
+	Env  []string
+}
+
+// AppendHeader appends the header of a frame with n bytes of payload.
+func AppendHeader(b []byte, t Type, n int) []byte {
+	return binary.BigEndian.AppendUint32(append(b, byte(t)), uint32(n)) //nolint:gosec // every payload is bounded far below
+}
+
+// PutHeader writes the header of a frame with n bytes of payload to the front of b.
+func PutHeader(b []byte, t Type, n int) {
+	b[0] = byte(t)
+	binary.BigEndian.PutUint32(b[1:], uint32(n)) //nolint:gosec // every payload is bounded far below
+}
+
+// AppendFrame appends a whole frame.
+func AppendFrame(b []byte, t Type, payload string) []byte {
+	return append(AppendHeader(b, t, len(payload)), payload...)
+}
+
+// AppendUint32 appends a frame that holds one number: Stop or Grant.
+func AppendUint32(b []byte, t Type, n uint32) []byte {
+	return binary.BigEndian.AppendUint32(AppendHeader(b, t, 4), n)
+}
+
+// ParseUint32 reads the payload of a Stop or Grant.
+func ParseUint32(p []byte) (uint32, error) {
+	if len(p) != 4 {
+		return 0, ErrFrame
+	}
+	return binary.BigEndian.Uint32(p), nil
+}
+
+const (
+	magic     = "mayfly-guest"
+	helloSize = len(magic) + 2
+)
+
+// AppendHello appends the frame by which a guest says that it is ready.
+func AppendHello(b []byte) []byte {
+	b = append(AppendHeader(b, Hello, helloSize), magic...)
+	return binary.BigEndian.AppendUint16(b, Version)
+}
+
+// ParseHello returns the version that the guest speaks.
+func ParseHello(p []byte) (version int, err error) {
+	if len(p) != helloSize || string(p[:len(magic)]) != magic {
+		return 0, ErrFrame
+	}
+	return int(binary.BigEndian.Uint16(p[len(magic):])), nil
+}
+
+// AppendStart appends a Start frame. Its payload is the strings, each behind its
+// length as a uint32, with the number of arguments before the arguments.
+func AppendStart(b []byte, c Command) []byte {
+	at := len(b)
+	b = AppendHeader(b, Start, 0)
+	b = appendString(b, c.Dir)
+	b = binary.BigEndian.AppendUint32(b, uint32(len(c.Args))) //nolint:gosec // a slice that large would not fit in memory
+	for _, s := range c.Args {
+		b = appendString(b, s)
+	}
+	for _, s := range c.Env {
+		b = appendString(b, s)
+	}
+	PutHeader(b[at:], Start, len(b)-at-HeaderSize)
+	return b
+}
+
+func appendString(b []byte, s string) []byte {
+	return append(binary.BigEndian.AppendUint32(b, uint32(len(s))), s...) //nolint:gosec // checked against MaxStart by the caller
+}
+
+// ParseStart reads the payload of a Start.
+func ParseStart(p []byte) (Command, error) {
+	var c Command
+	var ok bool
+	if c.Dir, p, ok = cutString(p); !ok || len(p) < 4 {
+		return Command{}, ErrFrame
+	}
+	n := binary.BigEndian.Uint32(p)
+	p = p[4:]
+	for ; n > 0; n-- {
+		var s string
+		if s, p, ok = cutString(p); !ok {
+			return Command{}, ErrFrame
+		}
+		c.Args = append(c.Args, s)
+	}
+	for len(p) > 0 {
+		var s string
+		if s, p, ok = cutString(p); !ok {
+			return Command{}, ErrFrame
+		}
+		c.Env = append(c.Env, s)
+	}
+	return c, nil
+}
+
+func cutString(p []byte) (s string, rest []byte, ok bool) {
+	if len(p) < 4 {
+		return "", nil, false
+	}
+	n := binary.BigEndian.Uint32(p)
+	p = p[4:]
+	if uint64(n) > uint64(len(p)) {
+		return "", nil, false
+	}
+	return string(p[:n]), p[n:], true
+}
+
+// AppendGet appends a GetOpen frame: uint64 most bytes wanted, then the path.
+func AppendGet(b []byte, path string, most uint64) []byte {
+	b = AppendHeader(b, GetOpen, 8+len(path))
+	return append(binary.BigEndian.AppendUint64(b, most), path...)
+}
+
+// ParseGet reads the payload of a GetOpen.
+func ParseGet(p []byte) (path string, most uint64, err error) {
+	if len(p) < 8 {
+		return "", 0, ErrFrame
+	}
+	return string(p[8:]), binary.BigEndian.Uint64(p), nil
+}
+
+// AppendExit appends an Exit frame: the exit status, or 0 and the signal that
+// killed the process.
+func AppendExit(b []byte, status, signal byte) []byte {
+	return append(AppendHeader(b, Exit, 2), status, signal)
+}
+
+// maxSignal is SIGRTMAX on Linux.
+const maxSignal = 64
+
+// ParseExit reads the payload of an Exit. A status together with a signal, or a
+// signal that does not exist, is no exit of any process.
+func ParseExit(p []byte) (status, signal byte, err error) {
+	if len(p) != 2 || p[1] > maxSignal || (p[0] != 0 && p[1] != 0) {
+		return 0, 0, ErrFrame
+	}
+	return p[0], p[1], nil
+}
+
+// AppendResult appends a Result frame. A message longer than MaxMessage is cut.
+func AppendResult(b []byte, c Code, message string) []byte {
+	if len(message) > MaxMessage {
+		message = strings.ToValidUTF8(message[:MaxMessage], "")
+	}
+	b = append(AppendHeader(b, Result, 1+len(message)), byte(c))
+	return append(b, message...)
+}
+
+// ParseResult reads the payload of a Result.
+func ParseResult(p []byte) (c Code, message string, err error) {
+	if len(p) < 1 || Code(p[0]) > Canceled {
+		return 0, "", ErrFrame
+	}
+	return Code(p[0]), string(p[1:]), nil
+}
+
+// ParseStamp splits the payload of a Stdout or Stderr into the time, in Unix
+// nanoseconds, and the output, which is a part of p.
+func ParseStamp(p []byte) (nanos int64, output []byte, err error) {
+	if len(p) < StampSize {
+		return 0, nil, ErrFrame
+	}
+	return int64(binary.BigEndian.Uint64(p)), p[StampSize:], nil //nolint:gosec // any bit pattern is a time
+}
+
+// PutStamp writes the time to the front of b.
+func PutStamp(b []byte, nanos int64) {
+	binary.BigEndian.PutUint64(b, uint64(nanos)) //nolint:gosec // any bit pattern is a time
+}
