@@ -1,14 +1,17 @@
 # Everything that can be done with this repository. Bare `make` lists it.
 
-SHELL       := /bin/bash -eo pipefail
+SHELL       := /bin/bash
+.SHELLFLAGS := -eo pipefail -c
 GOARCH      := $(or $(GOARCH),$(shell go env GOARCH))
 VERSION     := $(or $(VERSION),$(shell git -c safe.directory='*' describe --tags --always --dirty),unknown)
 FUZZTIME    ?= 10s
 TESTTIMEOUT ?= 10m
-export GOARCH FUZZTIME
+# Without the VCS stamp go asks git nothing, which refuses strangers' clones.
+GOFLAGS     := $(shell go env GOFLAGS) -buildvcs=false
+export GOARCH GOFLAGS FUZZTIME
 
-# No VCS stamp and no paths: the same source gives the same bytes anywhere.
-BUILD := CGO_ENABLED=0 go build -buildvcs=false -trimpath
+# No stamp and no paths: the same source gives the same bytes anywhere.
+BUILD := CGO_ENABLED=0 go build -trimpath
 GUEST := sandbox/guest/bin/mayfly-guest-$(GOARCH)
 
 # Debian packages that the tests, the demo and the benchmark use.
@@ -38,7 +41,7 @@ test: deps guest cross ## every test, with the race detector, as root
 	go test -race -count=1 -timeout=$(TESTTIMEOUT) ./...
 
 cross: # the other architecture compiles, tests included
-	CGO_ENABLED=0 GOARCH=arm64 go build ./...
+	GOARCH=arm64 $(BUILD) ./...
 	CGO_ENABLED=0 GOARCH=arm64 go vet ./...
 
 bench: deps build ## the budgets of the design; JSON to the file that BENCH_JSON names

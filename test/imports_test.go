@@ -235,7 +235,7 @@ func confined(rows []confinement, imp string, found *[]string) (confinement, boo
 // list asks the go command for all packages of the module.
 func list(t *testing.T, tags string) []listed {
 	t.Helper()
-	out := run(t, "go", "list", "-e", "-tags="+tags, "-json=ImportPath,Name,GoFiles,Imports,TestImports,XTestImports", "./...")
+	out := run(t, "go", "list", "-e", "-buildvcs=false", "-tags="+tags, "-json=ImportPath,Name,GoFiles,Imports,TestImports,XTestImports", "./...")
 	var pkgs []listed
 	for d := json.NewDecoder(bytes.NewReader(out)); ; {
 		var p listed
