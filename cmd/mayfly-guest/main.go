@@ -2,6 +2,7 @@
 // runtime puts it into the box and speaks to it (see sandbox/guest).
 //
 //	mayfly-guest serve [EXPIRES]    the stream is descriptor 3
+//	mayfly-guest box                makes the box of the native runtime, then serves
 //	mayfly-guest stdio [EXPIRES]    the stream is descriptors 0 and 1
 //
 // EXPIRES is the Unix time, in seconds, at which it exits whatever happens. It
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"github.com/mayfly-ci/mayfly/sandbox/guest/serve"
+	"github.com/mayfly-ci/mayfly/sandbox/native/boxinit"
 )
 
 func main() {
@@ -34,6 +36,8 @@ func run(args []string) int {
 	}
 	var err error
 	switch args[0] {
+	case "box":
+		err = boxinit.Run()
 	case "serve":
 		err = serve.OnDescriptor(3, o)
 	case "stdio":
@@ -48,7 +52,7 @@ func run(args []string) int {
 }
 
 func usage() int {
-	return fail("usage: mayfly-guest serve|stdio [EXPIRES]\n", 2)
+	return fail("usage: mayfly-guest box | serve|stdio [EXPIRES]\n", 2)
 }
 
 // fail prints what is wrong. If that cannot be printed there is nobody to read it.

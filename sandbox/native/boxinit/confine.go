@@ -1,0 +1,96 @@
+package boxinit
+
+import (
+	"errors"
+	"fmt"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// kept are the capabilities of a box, over its own user namespace only: what
+// tar, install, su and a package's scripts need as root.
+const kept = 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_FOWNER | 1<<unix.CAP_FSETID |
+	1<<unix.CAP_SETUID | 1<<unix.CAP_SETGID | 1<<unix.CAP_KILL | 1<<unix.CAP_NET_BIND_SERVICE
+
+// confine gives up what no step may have, for the calling thread and what it
+// executes. It cannot be undone.
+func confine(s *Setup) error {
+	if err := unix.Sethostname([]byte(Host)); err != nil {
+		return fmt.Errorf("host name: %w", err)
+	}
+	unix.Umask(0o022)
+	if err := limits(s); err != nil {
+		return err
+	}
+	if err := capabilities(); err != nil {
+		return err
+	}
+	return filter(s.Filter)
+}
+
+func limits(s *Setup) error {
+	set := func(name string, which int, n uint64) error {
+		if err := unix.Setrlimit(which, &unix.Rlimit{Cur: n, Max: n}); err != nil {
+			return fmt.Errorf("limit of %s to %d: %w", name, n, err)
+		}
+		return nil
+	}
+	var had unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &had); err != nil {
+		return fmt.Errorf("limit of files: %w", err)
+	}
+	err := errors.Join(
+		set("core", unix.RLIMIT_CORE, 0),
+		set("files", unix.RLIMIT_NOFILE, min(s.Files, had.Max)),
+	)
+	if s.Processes != 0 {
+		err = errors.Join(err, set("processes", unix.RLIMIT_NPROC, s.Processes))
+	}
+	return err
+}
+
+// capabilities drops the rest from the bounding set, which is what a program
+// executed by root gets, and from this thread.
+func capabilities() error {
+	for c := uintptr(0); c < 64; c++ {
+		if kept&(1<<c) != 0 {
+			continue
+		}
+		err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0)
+		if errors.Is(err, unix.EINVAL) {
+			break // the kernel has no more
+		}
+		if err != nil {
+			return fmt.Errorf("drop capability %d: %w", c, err)
+		}
+	}
+	if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); err != nil {
+		return fmt.Errorf("ambient capabilities: %w", err)
+	}
+	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	body := [2]unix.CapUserData{{Effective: kept, Permitted: kept}}
+	if err := unix.Capset(&head, &body[0]); err != nil {
+		return fmt.Errorf("capabilities: %w", err)
+	}
+	return nil
+}
+
+// filter installs the system call filter, and no_new_privs, which it needs.
+func filter(program []byte) error {
+	const size = int(unsafe.Sizeof(unix.SockFilter{}))
+	if len(program) == 0 || len(program)%size != 0 {
+		return errors.New("system call filter: malformed")
+	}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("no_new_privs: %w", err)
+	}
+	instructions := make([]unix.SockFilter, len(program)/size)
+	copy(unsafe.Slice((*byte)(unsafe.Pointer(&instructions[0])), len(program)), program)
+	fprog := unix.SockFprog{Len: uint16(len(instructions)), Filter: &instructions[0]}
+	_, _, e := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0, uintptr(unsafe.Pointer(&fprog)))
+	if e != 0 {
+		return fmt.Errorf("system call filter: %w", e)
+	}
+	return nil
+}

@@ -1,0 +1,131 @@
+package boxinit
+
+import (
+	"encoding/binary"
+	"errors"
+)
+
+// Descriptors of the guest when it starts, beside 0, 1 and 2 on /dev/null. The
+// control stream is where "mayfly-guest serve" expects it.
+const (
+	ControlFD = 3 // SOCK_STREAM: the guest protocol
+	SetupFD   = 4 // SOCK_SEQPACKET: the Setup in, the answer out
+	lifeFD    = 5 // unprivileged: a lock that is held for as long as it is open
+)
+
+// Dirs is how many layers and how many hidden paths a box may have: the disk
+// carries this many directories lower/N, upper/N, work/N and hide/N.
+const Dirs = 16
+
+// MaxMessage bounds an encoded Setup and the answer, in bytes.
+const MaxMessage = 64 << 10
+
+// A Setup tells the guest how to make its box. The descriptors that come with
+// it are the disk and then one mount per layer, in order; an unprivileged box
+// gets none and makes its own.
+type Setup struct {
+	Unprivileged bool
+	Layers       []Layer
+	Hide         []string // directories of the layers that the box sees empty
+	RunBytes     uint64   // size of /run/mayfly
+	ShmBytes     uint64   // size of /dev/shm
+	DiskBytes    uint64   // size of the tmpfs that is an unprivileged box's disk
+	DiskInodes   uint64   // files on it
+	Processes    uint64   // RLIMIT_NPROC; 0 leaves it
+	Files        uint64   // RLIMIT_NOFILE
+	Expires      uint64   // Unix seconds; 0 is never
+	Filter       []byte   // struct sock_filter array
+}
+
+// A Layer is a directory of the host that the box has at Path.
+type Layer struct {
+	Path   string // in the box, absolute
+	Source string // on the host; used by an unprivileged box only
+	Write  bool   // a private copy-on-write view instead of read-only
+}
+
+var errMessage = errors.New("setup message is malformed")
+
+// Encode is the Setup as bytes.
+func (s *Setup) Encode() []byte {
+	b := []byte{flag(s.Unprivileged), byte(len(s.Layers)), byte(len(s.Hide))}
+	for _, l := range s.Layers {
+		b = append(b, flag(l.Write))
+		b = text(text(b, l.Path), l.Source)
+	}
+	for _, h := range s.Hide {
+		b = text(b, h)
+	}
+	for _, n := range s.numbers() {
+		b = binary.LittleEndian.AppendUint64(b, *n)
+	}
+	return text(b, string(s.Filter))
+}
+
+// Decode reads what Encode wrote.
+func Decode(b []byte) (*Setup, error) {
+	r := reader{b: b}
+	s := &Setup{Unprivileged: r.byte() == 1}
+	layers, hide := int(r.byte()), int(r.byte())
+	if layers > Dirs || hide > Dirs {
+		return nil, errMessage
+	}
+	for range layers {
+		write := r.byte() == 1
+		s.Layers = append(s.Layers, Layer{Write: write, Path: r.text(), Source: r.text()})
+	}
+	for range hide {
+		s.Hide = append(s.Hide, r.text())
+	}
+	for _, n := range s.numbers() {
+		*n = r.uint64()
+	}
+	s.Filter = []byte(r.text())
+	if r.bad || len(r.b) != 0 {
+		return nil, errMessage
+	}
+	return s, nil
+}
+
+func (s *Setup) numbers() []*uint64 {
+	return []*uint64{&s.RunBytes, &s.ShmBytes, &s.DiskBytes, &s.DiskInodes, &s.Processes, &s.Files, &s.Expires}
+}
+
+func flag(b bool) byte {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func text(b []byte, s string) []byte {
+	b = binary.LittleEndian.AppendUint32(b, uint32(len(s)))
+	return append(b, s...)
+}
+
+// A reader takes values off b and remembers whether there were enough bytes.
+type reader struct {
+	b   []byte
+	bad bool
+}
+
+func (r *reader) take(n uint64) []byte {
+	if n > uint64(len(r.b)) {
+		r.b, r.bad = nil, true
+		return make([]byte, min(n, 8))
+	}
+	b := r.b[:n]
+	r.b = r.b[n:]
+	return b
+}
+
+func (r *reader) byte() byte     { return r.take(1)[0] }
+func (r *reader) uint64() uint64 { return binary.LittleEndian.Uint64(r.take(8)) }
+
+func (r *reader) text() string {
+	b := r.take(uint64(binary.LittleEndian.Uint32(r.take(4))))
+	if r.bad {
+		return ""
+	}
+	return string(b)
+}

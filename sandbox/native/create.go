@@ -1,0 +1,297 @@
+package native
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/guest"
+	"github.com/mayfly-ci/mayfly/sandbox/native/boxinit"
+)
+
+const (
+	runBytes = 64 << 20 // of /run/mayfly; counted as memory
+	shmBytes = 64 << 20 // of /dev/shm; counted as memory
+	maxFiles = 1 << 16  // open files of a process, where the agent's own limit allows
+)
+
+// namespaces of a box: all that Linux has but time.
+const namespaces = unix.CLONE_NEWUSER | unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET |
+	unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWCGROUP
+
+// Create implements sandbox.Runtime. Spec.Image must be empty: this runtime
+// gives the host's base. Each outside effect comes after the record of the box
+// and is named after it, so Destroy undoes a Create that ended anywhere.
+func (r *Runtime) Create(ctx context.Context, name string, s sandbox.Spec) (sandbox.Sandbox, error) {
+	if err := checkName(name); err != nil {
+		return nil, err
+	}
+	s.Limits = fill(s.Limits, r.cfg.Limits)
+	if err := positive(s.Limits); err != nil {
+		return nil, err
+	}
+	if s.Image != "" {
+		return nil, fmt.Errorf("native: image %q: boxes have the host's base only: %w", s.Image, sandbox.ErrUnsupported)
+	}
+	base, err := r.base(ctx, s.Limits)
+	if err != nil {
+		return nil, fmt.Errorf("native: %w", err)
+	}
+	release, err := r.hold(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	if err := r.record(name, s); err != nil {
+		return nil, err
+	}
+	b := &box{name: name, groups: r.groups, dead: make(chan struct{})}
+	r.mu.Lock()
+	r.boxes[name] = b
+	r.mu.Unlock()
+	if err := r.build(ctx, b, s, base); err != nil {
+		return nil, fmt.Errorf("native: box %s: %w", name, errors.Join(err, b.kill()))
+	}
+	return b, nil
+}
+
+// A base is what boxes are built from.
+type base struct {
+	etc      string // directory
+	template string // disk file; empty if unprivileged
+}
+
+// etcAge is how long a box's /etc may lag behind the host's. Looking for a
+// change takes some milliseconds.
+const etcAge = time.Minute
+
+// base makes what is missing of it.
+func (r *Runtime) base(ctx context.Context, l sandbox.Limits) (base, error) {
+	r.baseMu.Lock()
+	defer r.baseMu.Unlock()
+	dir := filepath.Join(r.cfg.StateDir, "base")
+	if time.Since(r.etcSeen) > etcAge {
+		etc, err := baseEtc(dir)
+		if err != nil {
+			return base{}, err
+		}
+		r.etc, r.etcSeen = etc, time.Now()
+	}
+	if r.cfg.Unprivileged {
+		return base{etc: r.etc}, nil
+	}
+	file, err := template(ctx, dir, l.Disk, l.Inodes)
+	return base{etc: r.etc, template: file}, err
+}
+
+// build makes the box. What it acquires is in b or found by name.
+func (r *Runtime) build(ctx context.Context, b *box, s sandbox.Spec, from base) error {
+	first, err := r.ids.take(b.name)
+	if err != nil {
+		return err
+	}
+	r.cfg.Trace("native.ids")
+	if r.groups != nil {
+		if err := r.groups.make(b.name, s.Limits); err != nil {
+			return err
+		}
+		r.cfg.Trace("native.cgroup")
+	}
+	far, err := r.start(b, first)
+	if err != nil {
+		return err
+	}
+	r.cfg.Trace("native.started")
+	setup, layers := r.plan(s, from.etc)
+	var fds []int
+	if !r.cfg.Unprivileged { // the guest boots meanwhile
+		fds, err = r.mounts(b, from, layers)
+		defer func() {
+			for _, fd := range fds {
+				_ = unix.Close(fd) // sent, or of no use
+			}
+		}()
+		r.cfg.Trace("native.disk")
+	}
+	if err == nil {
+		err = far.send(setup.Encode(), fds)
+	}
+	if err != nil {
+		return errors.Join(err, far.close())
+	}
+	r.cfg.Trace("native.sent")
+	sockets, err := far.receive(ctx)
+	if err != nil {
+		return errors.Join(err, far.close())
+	}
+	b.sockets = sockets
+	r.cfg.Trace("native.ready")
+	b.Client, err = guest.New(ctx, far.control, guest.Config{})
+	return errors.Join(err, far.setup.Close())
+}
+
+// plan is the Setup of a box. An unprivileged box cannot change its base:
+// it has one user id, and none of the base's files is owned by it.
+func (r *Runtime) plan(s sandbox.Spec, etc string) (*boxinit.Setup, []boxinit.Layer) {
+	write := !r.cfg.Unprivileged
+	layers := []boxinit.Layer{{Path: "/usr", Source: "/usr", Write: write}, {Path: "/etc", Source: etc, Write: write}}
+	const packages = "/var/lib/dpkg"
+	if _, err := os.Stat(packages); err == nil {
+		layers = append(layers, boxinit.Layer{Path: packages, Source: packages, Write: write})
+	}
+	for _, p := range r.cfg.Base {
+		layers = append(layers, boxinit.Layer{Path: p, Source: p})
+	}
+	setup := &boxinit.Setup{
+		Unprivileged: r.cfg.Unprivileged,
+		Layers:       layers,
+		Hide:         append([]string{"/usr/local/etc"}, r.cfg.Hide...),
+		RunBytes:     runBytes, ShmBytes: shmBytes, Files: maxFiles,
+		Filter: r.filter,
+	}
+	if r.cfg.Unprivileged {
+		setup.DiskBytes, setup.DiskInodes = uint64(s.Limits.Disk), uint64(s.Limits.Inodes)
+		setup.Processes = uint64(s.Limits.Pids)
+	}
+	if !s.Expires.IsZero() {
+		setup.Expires = uint64(max(s.Expires.Unix(), 1))
+	}
+	return setup, layers
+}
+
+// start starts the guest in its namespaces and control groups.
+func (r *Runtime) start(b *box, first uint32) (*sockets, error) {
+	near, guestEnds, err := socketPairs()
+	if err != nil {
+		return nil, err
+	}
+	files := append(make([]*os.File, 3), guestEnds...)
+	if r.cfg.Unprivileged {
+		life, err := r.lockLife(b.name)
+		if err != nil {
+			return nil, errors.Join(err, near.close(), closeAll(guestEnds))
+		}
+		files, guestEnds = append(files, life), append(guestEnds, life)
+	}
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return nil, errors.Join(err, near.close(), closeAll(guestEnds))
+	}
+	files[0], files[1], files[2] = null, null, null
+	run := func(attr *syscall.SysProcAttr) error {
+		r.namespace(attr, first)
+		b.process, err = os.StartProcess("/proc/self/fd/"+strconv.Itoa(int(r.guest.Fd())),
+			[]string{"mayfly-guest", "box"}, &os.ProcAttr{Dir: "/", Env: []string{}, Files: files, Sys: attr})
+		return err
+	}
+	if r.groups != nil {
+		err = r.groups.spawn(b.name, run)
+	} else {
+		err = run(&syscall.SysProcAttr{})
+	}
+	err = errors.Join(err, closeAll(append(guestEnds, null)))
+	if b.process != nil {
+		go b.reap()
+		if r.cfg.Unprivileged {
+			err = errors.Join(err, r.recordProcess(b.name, b.process.Pid))
+		}
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("start the guest: %w", err), near.close())
+	}
+	return near, nil
+}
+
+// namespace maps the ids of the box: the whole range as root, and otherwise
+// only the user who runs the agent, whom the kernel lets map himself.
+func (r *Runtime) namespace(attr *syscall.SysProcAttr, first uint32) {
+	attr.Cloneflags = namespaces
+	attr.Setsid = true
+	attr.Credential = &syscall.Credential{NoSetGroups: r.cfg.Unprivileged}
+	if r.cfg.Unprivileged {
+		attr.UidMappings = []syscall.SysProcIDMap{{HostID: os.Geteuid(), Size: 1}}
+		attr.GidMappings = []syscall.SysProcIDMap{{HostID: os.Getegid(), Size: 1}}
+		return
+	}
+	attr.UidMappings = []syscall.SysProcIDMap{{HostID: int(first), Size: span}}
+	attr.GidMappings = attr.UidMappings
+	attr.GidMappingsEnableSetgroups = true
+}
+
+// mounts makes the disk and the layers, all mapped to the ids of the box.
+func (r *Runtime) mounts(b *box, from base, layers []boxinit.Layer) (fds []int, err error) {
+	ns, err := os.Open("/proc/" + strconv.Itoa(b.process.Pid) + "/ns/user")
+	if err != nil {
+		return nil, fmt.Errorf("user namespace: %w", err)
+	}
+	defer ns.Close() // the mounts have their own
+	if b.disk, err = newDisk(from.template, r.dir(b.name)); err != nil {
+		return nil, err
+	}
+	fds = append(fds, b.disk.mount)
+	if err := idmap(b.disk.mount, 0, ns); err != nil {
+		return fds, fmt.Errorf("disk: %w", err)
+	}
+	for _, l := range layers {
+		fd, err := unix.OpenTree(unix.AT_FDCWD, l.Source, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+		if err != nil {
+			return fds, fmt.Errorf("layer %s: %w", l.Source, err)
+		}
+		fds = append(fds, fd)
+		if err := idmap(fd, unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV, ns); err != nil {
+			return fds, fmt.Errorf("layer %s: %w", l.Source, err)
+		}
+	}
+	return fds, nil
+}
+
+// idmap makes files of a detached mount belong to the ids of a user namespace.
+// Without it root in the box owns none of the files below it, and an overlay
+// lets it neither append nor delete.
+func idmap(fd int, attributes uint64, ns *os.File) error {
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP | attributes, Userns_fd: uint64(ns.Fd())}
+	err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
+		return fmt.Errorf("id-mapped mount (Linux 5.19 and a file system that has them): %w: %w", err, sandbox.ErrUnsupported)
+	}
+	if err != nil {
+		return fmt.Errorf("id-mapped mount: %w", err)
+	}
+	return nil
+}
+
+// closeAll closes files that were handed on.
+func closeAll(files []*os.File) error {
+	var all error
+	for _, f := range files {
+		all = errors.Join(all, f.Close())
+	}
+	return all
+}
+
+// startTime is when a process started, in clock ticks since boot: with its
+// pid it names the process for ever (proc_pid_stat(5), field 22).
+func startTime(pid int) (string, error) {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return "", err
+	}
+	_, rest, _ := strings.Cut(string(b), ") ") // the guest's own name has no ")"
+	fields := strings.Fields(rest)
+	if len(fields) > 0 && fields[0] == "Z" {
+		return "", fmt.Errorf("process %d has ended", pid)
+	}
+	if len(fields) < 20 {
+		return "", fmt.Errorf("stat of process %d is malformed", pid)
+	}
+	return fields[19], nil
+}

@@ -1,0 +1,268 @@
+package native
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/native/boxinit"
+)
+
+const (
+	// version names what a template holds; raise it when the skeleton or the
+	// options of mkfs change.
+	version = "1"
+	// groupBytes and groupInodes are ext4's units: inodes come in multiples of
+	// a block of them per block group.
+	groupBytes  = 128 << 20
+	groupInodes = 16
+	// minDisk and minInodes leave room for the skeleton.
+	minDisk   = 8 << 20
+	minInodes = 512
+	// shutdown is EXT4_IOC_SHUTDOWN, _IOR('X', 125, __u32), and noFlush is
+	// EXT4_GOING_FLAGS_NOLOGFLUSH (fs/ext4/ext4.h).
+	shutdown = 0x8004587D
+	noFlush  = 2
+)
+
+// A disk is the private file system of one box: an unlinked sparse file, as a
+// loop device, as ext4. All three end with their last user, so nothing of it
+// outlives the box and the agent, whatever ends them.
+type disk struct {
+	loop  int      // number of the loop device
+	mount int      // detached mount, until it is sent to the box
+	root  *os.File // its root directory, to act on the file system
+}
+
+// template returns the path of a formatted file of that size, made on first
+// use. No more than the asked inodes exist.
+func template(ctx context.Context, dir string, size, inodes int64) (string, error) {
+	groups := (size + groupBytes - 1) / groupBytes
+	per := inodes / groups / groupInodes * groupInodes
+	if size < minDisk || per*groups < minInodes {
+		return "", fmt.Errorf("disk of %d bytes and %d files: at least %d bytes and %d files: %w",
+			size, inodes, minDisk, max(minInodes, groups*groupInodes), sandbox.ErrUnsupported)
+	}
+	name := fmt.Sprintf("disk-%s-%d-%d.ext4", version, size, inodes)
+	p := filepath.Join(dir, name)
+	if _, err := os.Stat(p); err == nil {
+		return p, nil
+	}
+	work, err := os.MkdirTemp(dir, ".new-")
+	if err != nil {
+		return "", fmt.Errorf("disk template: %w", err)
+	}
+	err = format(ctx, work, size, per*groups)
+	if err == nil {
+		err = os.Rename(filepath.Join(work, "disk"), p)
+	}
+	if err := errors.Join(err, os.RemoveAll(work)); err != nil {
+		return "", fmt.Errorf("disk template: %w", err)
+	}
+	return p, nil
+}
+
+// format makes work/disk. There is no journal, because no box survives a
+// crash, and inode tables are left as the holes they are.
+func format(ctx context.Context, work string, size, inodes int64) error {
+	tree := filepath.Join(work, "tree")
+	if err := os.Mkdir(tree, 0o755); err != nil {
+		return err
+	}
+	if err := boxinit.Skeleton(tree); err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(ctx, "mkfs.ext4", "-q", "-F", "-b", "4096", "-I", "256", "-m", "0",
+		"-N", strconv.FormatInt(inodes, 10), "-G", "1024",
+		"-O", "^has_journal,^resize_inode,^huge_file,sparse_super2,metadata_csum,uninit_bg,flex_bg",
+		"-E", "lazy_itable_init=1,nodiscard,root_owner=0:0", "-d", tree,
+		filepath.Join(work, "disk"), strconv.FormatInt(size>>10, 10)+"k")
+	cmd.Env = []string{"PATH=/usr/sbin:/sbin:/usr/bin:/bin", "MKE2FS_CONFIG=/dev/null"}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("mkfs.ext4 (package e2fsprogs): %w: %s", err, out)
+	}
+	return nil
+}
+
+// newDisk makes a disk from a template. Its file lies, without a name, in dir.
+func newDisk(template, dir string) (*disk, error) {
+	file, err := os.OpenFile(dir, unix.O_TMPFILE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("disk: file: %w", err)
+	}
+	defer file.Close() // the loop device has its own
+	if err := clone(file, template); err != nil {
+		return nil, fmt.Errorf("disk: %w", err)
+	}
+	device, number, err := attachLoop(file)
+	if err != nil {
+		return nil, fmt.Errorf("disk: %w", err)
+	}
+	defer device.Close() // the file system has its own
+	d := &disk{loop: number, mount: -1}
+	if d.mount, err = mountDisk(device.Name()); err != nil {
+		return nil, fmt.Errorf("disk: %w", err)
+	}
+	fd, err := unix.Openat(d.mount, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("disk: root: %w", err), unix.Close(d.mount))
+	}
+	d.root = os.NewFile(uintptr(fd), "disk")
+	return d, nil
+}
+
+// clone copies what is allocated in the template and leaves the rest a hole.
+func clone(to *os.File, template string) error {
+	from, err := os.Open(template)
+	if err != nil {
+		return fmt.Errorf("template: %w", err)
+	}
+	defer from.Close() // read only
+	st, err := from.Stat()
+	if err != nil {
+		return fmt.Errorf("template: %w", err)
+	}
+	if err := to.Truncate(st.Size()); err != nil {
+		return fmt.Errorf("size: %w", err)
+	}
+	for end := int64(0); ; {
+		start, err := from.Seek(end, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("template: %w", err)
+		}
+		if end, err = from.Seek(start, unix.SEEK_HOLE); err != nil {
+			return fmt.Errorf("template: %w", err)
+		}
+		for in, out := start, start; in < end; {
+			n, err := unix.CopyFileRange(int(from.Fd()), &in, int(to.Fd()), &out, int(end-in), 0)
+			if err == nil && n == 0 {
+				err = io.ErrUnexpectedEOF
+			}
+			if err != nil {
+				return fmt.Errorf("copy template: %w", err)
+			}
+		}
+	}
+}
+
+// attachLoop puts the file behind a free loop device that frees itself when
+// its last user closes it.
+func attachLoop(file *os.File) (*os.File, int, error) {
+	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	if err != nil {
+		return nil, 0, fmt.Errorf("loop devices: %w", err)
+	}
+	defer control.Close() // no state
+	for range 100 {
+		number, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE)
+		if err != nil {
+			return nil, 0, fmt.Errorf("loop devices: %w", err)
+		}
+		device, err := os.OpenFile("/dev/loop"+strconv.Itoa(number), os.O_RDWR, 0)
+		if err != nil {
+			return nil, 0, fmt.Errorf("loop device: %w", err)
+		}
+		err = unix.IoctlLoopConfigure(int(device.Fd()), &unix.LoopConfig{
+			Fd: uint32(file.Fd()), Size: 4096,
+			Info: unix.LoopInfo64{Flags: unix.LO_FLAGS_AUTOCLEAR},
+		})
+		if err == nil {
+			return device, number, nil
+		}
+		if err := errors.Join(err, device.Close()); !errors.Is(err, unix.EBUSY) {
+			return nil, 0, fmt.Errorf("loop device %d: %w", number, err)
+		} // another box took it first
+	}
+	return nil, 0, errors.New("loop devices: none stayed free for long enough to take it")
+}
+
+// mountDisk mounts the device nowhere. Barriers are off: nothing of a box is
+// worth waiting for the real disk.
+func mountDisk(device string) (int, error) {
+	fd, err := unix.Fsopen("ext4", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("ext4: %w", err)
+	}
+	defer unix.Close(fd) // the mount has its own
+	err = errors.Join(
+		unix.FsconfigSetString(fd, "source", device),
+		unix.FsconfigSetFlag(fd, "noinit_itable"),
+		unix.FsconfigSetFlag(fd, "nobarrier"),
+		unix.FsconfigCreate(fd),
+	)
+	if err != nil {
+		return -1, fmt.Errorf("ext4 on %s: %w", device, err)
+	}
+	mount, err := unix.Fsmount(fd, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV)
+	if err != nil {
+		return -1, fmt.Errorf("ext4 on %s: mount: %w", device, err)
+	}
+	return mount, nil
+}
+
+// discard drops what the box wrote instead of writing it back, and lets go of
+// the disk. The box must be dead.
+func (d *disk) discard() error {
+	err := unix.IoctlSetPointerInt(int(d.root.Fd()), shutdown, noFlush)
+	if err != nil {
+		err = fmt.Errorf("disk: discard: %w", err)
+	}
+	return errors.Join(err, d.root.Close())
+}
+
+// gone waits until no loop device has a file of dir. number is the device to
+// look at, or negative to look at all.
+func gone(ctx context.Context, dir string, number int) error {
+	pattern := "/sys/block/loop*/loop/backing_file"
+	if number >= 0 {
+		pattern = strings.Replace(pattern, "*", strconv.Itoa(number), 1)
+	}
+	dir, err := filepath.EvalSymlinks(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("disk: %w", err)
+	}
+	return poll(ctx, "disk: a loop device is in use", func() (bool, error) {
+		files, err := filepath.Glob(pattern)
+		for _, f := range files {
+			backing, err := os.ReadFile(f)
+			if err == nil && strings.HasPrefix(string(backing), dir+"/") {
+				return false, nil
+			}
+		}
+		return err == nil, err
+	})
+}
+
+// poll asks until done is true, an error, or the end of ctx.
+func poll(ctx context.Context, what string, done func() (bool, error)) error {
+	for wait := 100 * time.Microsecond; ; wait = min(2*wait, 20*time.Millisecond) {
+		ok, err := done()
+		if ok || err != nil {
+			return err
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return fmt.Errorf("%s: %w", what, context.Cause(ctx))
+		case <-timer.C:
+		}
+	}
+}

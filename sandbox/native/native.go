@@ -1,0 +1,260 @@
+// Package native runs boxes on the kernel alone: no daemon, no image, no
+// helper program on the way.
+//
+// A box is a process in namespaces of its own, the user namespace included,
+// whose ids no other box and nothing of the host has. It sees the host's
+// /usr, a few files of /etc and the package database copy-on-write, and
+// nothing else of the host; writes go to a private disk that ends with it. Its
+// root has the capabilities that a build needs over its own namespace, none
+// over the machine, and an allow-list of system calls.
+//
+// What limits what, as root: memory, processes and CPU by control groups
+// (version 1, or 2), bytes and files by the size of the disk, and time by the
+// guest, which ends at the expiry and whenever its control stream closes. So
+// after the death of the agent only directories, empty control groups and id
+// locks stay, all named after the box, and [Runtime.Destroy] removes them from
+// the name alone. Everything of it is enforced or Create refuses. An ordinary
+// user must ask for less with Config.Unprivileged; [Runtime.Check] then names
+// each thing that is not enforced.
+//
+// Root in the box reads all of /usr and of the extra base directories, files
+// of mode 0600 included: they must hold no secrets. /usr/local/etc, where
+// package managers keep theirs, is empty in the box.
+//
+// Landlock is left out: the box has no file of the host in reach that the
+// mounts do not already deny, so a ruleset would repeat them.
+package native
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/native/boxinit"
+)
+
+// A Config says where and how boxes are made. StateDir, Owner and Guest are
+// required; zero values of the rest are the defaults.
+type Config struct {
+	// StateDir is an absolute directory of the runtime's own, on a file system
+	// with sparse and unnamed files (ext4, xfs, btrfs). Disks live in it.
+	StateDir string
+	// Owner is the installation; List reports boxes of this state directory.
+	Owner string
+	// Guest is the guest program (guest.Binary).
+	Guest []byte
+	// FirstID is the first user id of the boxes' ranges, and Slots how many
+	// ranges of 65536 follow. Nothing else on the host may use them. The
+	// defaults are 1<<30 and 1024.
+	FirstID uint32
+	Slots   int
+	// CgroupParent is the control group of all boxes, below the root of each
+	// hierarchy. The default is "mayfly".
+	CgroupParent string
+	// Base lists further directories of the host that boxes see read-only at
+	// the same path, tool caches for instance. They must hold no secrets.
+	Base []string
+	// Hide lists directories below the base that boxes see empty, beside
+	// /usr/local/etc.
+	Hide []string
+	// Limits are the defaults of a Spec. What is zero here is 4 GiB of
+	// memory, 4096 processes, 2 cores, 10 GiB and a million files; 1 GiB of
+	// disk for an unprivileged runtime, where it is memory.
+	Limits sandbox.Limits
+	// Unprivileged accepts what an ordinary user cannot enforce.
+	Unprivileged bool
+	// Trace is called between outside effects, for crash tests.
+	Trace func(point string)
+}
+
+// Runtime makes boxes. It implements sandbox.Runtime and may be used by
+// several goroutines.
+type Runtime struct {
+	cfg    Config
+	groups hierarchy // nil if unprivileged
+	ids    ids
+	filter []byte
+	guest  *os.File // sealed
+
+	mu    sync.Mutex
+	boxes map[string]*box          // that this process made
+	busy  map[string]chan struct{} // names in work; closed when free
+
+	baseMu  sync.Mutex // held while the base is made
+	etc     string     // the boxes' /etc
+	etcSeen time.Time  // when the host's was last looked at
+}
+
+var _ sandbox.Runtime = (*Runtime)(nil)
+
+// defaults of Config.
+const (
+	defaultFirst = 1 << 30
+	defaultSlots = 1024
+)
+
+func (c *Config) complete() error {
+	switch {
+	case !filepath.IsAbs(c.StateDir):
+		return fmt.Errorf("native: state directory %q is not absolute", c.StateDir)
+	case c.Owner == "":
+		return errors.New("native: owner is empty")
+	case len(c.Guest) == 0:
+		return errors.New("native: guest program is empty")
+	case c.Slots < 0 || uint64(c.FirstID)+uint64(c.Slots)*span > 1<<32-2:
+		return fmt.Errorf("native: %d id ranges from %d do not fit in 32 bits", c.Slots, c.FirstID)
+	case c.FirstID != 0 && c.FirstID < span:
+		return fmt.Errorf("native: first id %d belongs to the host: take one of at least %d", c.FirstID, span)
+	case len(c.Base) > boxinit.Dirs-3 || len(c.Hide) > boxinit.Dirs-1:
+		return fmt.Errorf("native: more than %d base or %d hidden directories", boxinit.Dirs-3, boxinit.Dirs-1)
+	}
+	for _, p := range append(append([]string{}, c.Base...), c.Hide...) {
+		if !filepath.IsAbs(p) || filepath.Clean(p) != p || p == "/" {
+			return fmt.Errorf("native: base or hidden directory %q is not a clean absolute path below /", p)
+		}
+	}
+	if c.FirstID == 0 {
+		c.FirstID = defaultFirst
+	}
+	if c.Slots == 0 {
+		c.Slots = defaultSlots
+	}
+	if c.CgroupParent == "" {
+		c.CgroupParent = "mayfly"
+	}
+	if !filepath.IsLocal(c.CgroupParent) || c.CgroupParent == "." {
+		return fmt.Errorf("native: cgroup parent %q leaves the hierarchy", c.CgroupParent)
+	}
+	if c.Trace == nil {
+		c.Trace = func(string) {}
+	}
+	disk := int64(10 << 30)
+	if c.Unprivileged {
+		disk = 1 << 30
+	}
+	c.Limits = fill(c.Limits, sandbox.Limits{Memory: 4 << 30, Pids: 4096, MilliCPU: 2000, Disk: disk, Inodes: 1 << 20})
+	return positive(c.Limits)
+}
+
+// fill replaces what is zero in l.
+func fill(l, defaults sandbox.Limits) sandbox.Limits {
+	for _, p := range [][2]*int64{
+		{&l.Memory, &defaults.Memory}, {&l.Pids, &defaults.Pids}, {&l.MilliCPU, &defaults.MilliCPU},
+		{&l.Disk, &defaults.Disk}, {&l.Inodes, &defaults.Inodes},
+	} {
+		if *p[0] == 0 {
+			*p[0] = *p[1]
+		}
+	}
+	return l
+}
+
+func positive(l sandbox.Limits) error {
+	if min(l.Memory, l.Pids, l.Disk, l.Inodes) < 0 || l.MilliCPU < 10 {
+		return fmt.Errorf("native: limits %+v: none may be negative, and the CPU at least 10 thousandths: %w", l, sandbox.ErrUnsupported)
+	}
+	return nil
+}
+
+// New checks the configuration and prepares the state directory. It makes no
+// box and changes nothing else but the parent control groups.
+func New(cfg Config) (*Runtime, error) {
+	if err := cfg.complete(); err != nil {
+		return nil, err
+	}
+	if root := os.Geteuid() == 0; !root && !cfg.Unprivileged {
+		return nil, fmt.Errorf("native: not root: run the agent as root, or accept weaker boxes with the unprivileged option: %w", sandbox.ErrUnsupported)
+	} else if root && cfg.Unprivileged {
+		return nil, errors.New("native: root does not need the unprivileged option: remove it")
+	}
+	r := &Runtime{cfg: cfg, boxes: map[string]*box{}, busy: map[string]chan struct{}{}}
+	for _, d := range []string{"", "boxes", "ids", "base"} {
+		if err := os.MkdirAll(filepath.Join(cfg.StateDir, d), 0o700); err != nil {
+			return nil, fmt.Errorf("native: %w", err)
+		}
+	}
+	r.ids = ids{dir: filepath.Join(cfg.StateDir, "ids"), first: cfg.FirstID, slots: cfg.Slots}
+	var err error
+	if r.filter, err = filter(runtime.GOARCH); err != nil {
+		return nil, fmt.Errorf("native: %w", err)
+	}
+	if !cfg.Unprivileged {
+		info, err := os.ReadFile("/proc/self/mountinfo")
+		if err != nil {
+			return nil, fmt.Errorf("native: %w", err)
+		}
+		if r.groups, err = findHierarchy(info, cfg.CgroupParent); err != nil {
+			return nil, fmt.Errorf("native: %w", err)
+		}
+	}
+	if r.guest, err = sealed(cfg.Guest); err != nil {
+		return nil, fmt.Errorf("native: guest program: %w", err)
+	}
+	r.cfg.Guest = nil // the kernel has it now
+	return r, nil
+}
+
+// sealed puts the guest program into memory that nobody can change.
+func sealed(b []byte) (*os.File, error) {
+	fd, err := unix.MemfdCreate("mayfly-guest", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING|unix.MFD_EXEC)
+	if errors.Is(err, unix.EINVAL) { // before Linux 6.3
+		fd, err = unix.MemfdCreate("mayfly-guest", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	}
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), "mayfly-guest")
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Chmod(0o555)
+	}
+	if err == nil {
+		_, err = unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_SEAL|unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_WRITE)
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// checkName refuses what the contract does not allow, path tricks included.
+func checkName(name string) error {
+	if !regexp.MustCompile(`^[a-z0-9-]{1,40}$`).MatchString(name) {
+		return fmt.Errorf("native: box name %q is not 1 to 40 bytes of a-z, 0-9 and -", name)
+	}
+	return nil
+}
+
+// hold keeps other calls off a name until the returned function is called.
+func (r *Runtime) hold(ctx context.Context, name string) (func(), error) {
+	for {
+		r.mu.Lock()
+		other, taken := r.busy[name]
+		if !taken {
+			mine := make(chan struct{})
+			r.busy[name] = mine
+			r.mu.Unlock()
+			return func() {
+				r.mu.Lock()
+				defer r.mu.Unlock()
+				delete(r.busy, name)
+				close(mine)
+			}, nil
+		}
+		r.mu.Unlock()
+		select {
+		case <-other:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("native: box %s is in work: %w", name, context.Cause(ctx))
+		}
+	}
+}
