@@ -26,7 +26,8 @@
 //
 // A line that the power or a kill cut short stays where it is. The next writer
 // ends it with a newline and appends an event audit.repaired, with the number
-// and the SHA-256 of the bytes between the last good line and itself.
+// and the SHA-256 of the bytes between the last good line and itself. Behind an
+// audit.continue that was cut short, the old month goes on.
 //
 // The chain has no key. Whoever can write the directory can write a new chain,
 // and can cut the end off this one: that is seen only by somebody who knows

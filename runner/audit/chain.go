@@ -77,8 +77,14 @@ func (c *chain) take(path string, n int, line []byte) (ok bool, err error) {
 	return true, nil
 }
 
+// follows reports whether next can be the name of the file behind file.
+func follows(next, file string) bool { return monthFile(next) && next > file }
+
 // follows checks the links of a line whose own hash is good.
 func (c *chain) follows(r record, file string) error {
+	if r.Action == actionContinue && !follows(r.Object, file) {
+		return fmt.Errorf("names %q, which cannot follow", r.Object)
+	}
 	if c.from != nil && c.from(Head{r.Seq - 1, r.Prev}) {
 		return nil
 	}
@@ -91,7 +97,7 @@ func (c *chain) follows(r record, file string) error {
 		return errors.New("does not follow the line before it: that one was edited or replaced")
 	case c.file != "" && c.file != file && (c.last.Action != actionContinue || c.last.Object != file):
 		return fmt.Errorf("the last line of %s does not say that %s follows", c.file, file)
-	case c.file == file && c.last.Action == actionContinue:
+	case c.file == file && c.last.Action == actionContinue && r.Action != actionRepaired:
 		return fmt.Errorf("the line before it says that %s follows", c.last.Object)
 	}
 	return nil

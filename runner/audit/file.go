@@ -72,51 +72,46 @@ func (f *File) open() error {
 		return err
 	}
 	defer f.unlock()
-	names, err := months(f.dir)
-	if err != nil {
-		return err
-	}
-	if err := f.findHead(names); err != nil {
-		return err
-	}
 	return f.catchUp()
 }
 
 // findHead makes the newest file the current one, and finds the last line of
 // the record, which is in the file before if a crash left the newest empty.
-func (f *File) findHead(names []string) error {
-	for i := len(names) - 1; i >= 0; i-- {
-		file, err := openFile(f.dir, names[i], os.O_RDWR|os.O_APPEND)
-		if err != nil {
-			return err
-		}
+func (f *File) findHead() error {
+	names, err := months(f.dir)
+	if err != nil || len(names) == 0 {
+		return err
+	}
+	newest := len(names) - 1
+	for i := newest; i >= 0; i-- {
 		c := chain{from: func(Head) bool { return true }}
-		size, from, err := tail(file, &c)
-		if f.file == nil {
-			f.file = file
-		} else {
-			err = errors.Join(err, file.Close())
-		}
+		end, from, err := f.tail(names[i], &c)
 		switch {
 		case err != nil:
 			return err
-		case c.head != Head{}:
-			f.chain = c
-			f.chain.junk = 0 // catchUp reads it again, and repairs it
-			if i == len(names)-1 {
-				f.size = size
-			}
-			return nil
-		case from > 0:
-			return fmt.Errorf("%s: %w: no line of the record in its last %d bytes", file.Name(), ErrTampered, tailWindow)
+		case c.head == Head{} && from > 0:
+			return fmt.Errorf("%s: %w: no line of the record in its last %d bytes", filepath.Join(f.dir, names[i]), ErrTampered, tailWindow)
+		case c.head == Head{}:
+			continue
+		case i == newest:
+			f.size = end
 		}
+		f.chain = c
+		f.chain.junk = 0 // catchUp reads it again, and repairs it
+		break
 	}
-	return nil
+	f.file, err = openFile(f.dir, names[newest], os.O_RDWR|os.O_APPEND)
+	return err
 }
 
 // tail takes the last lines of a file. It returns where the last good one ends
 // and from where it read.
-func tail(file *os.File, c *chain) (end, from int64, err error) {
+func (f *File) tail(name string, c *chain) (end, from int64, err error) {
+	file, err := openFile(f.dir, name, os.O_RDONLY)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer func() { err = errors.Join(err, file.Close()) }()
 	info, err := file.Stat()
 	if err != nil {
 		return 0, 0, fmt.Errorf("audit: %w", err)
@@ -166,6 +161,9 @@ func (f *File) append(ctx context.Context, e Event) (seq uint64, err error) {
 	}
 	if f.broken != nil {
 		return 0, f.broken
+	}
+	if e.Action == actionContinue || e.Action == actionRepaired {
+		return 0, errors.New("the record writes this event itself")
 	}
 	if e.Time.IsZero() {
 		e.Time = time.Now()
@@ -219,6 +217,11 @@ func (f *File) write(prefix []byte, e Event) error {
 // follows, and closes a torn line at its end: whoever was writing it is dead,
 // because we have the lock.
 func (f *File) catchUp() error {
+	if f.file == nil {
+		if err := f.findHead(); err != nil {
+			return err
+		}
+	}
 	for f.file != nil {
 		info, err := f.file.Stat()
 		if err != nil {
@@ -308,9 +311,6 @@ func (f *File) turnPage(now time.Time) error {
 
 // next leaves the current file, all of it on disk, for the one that follows.
 func (f *File) next(name string) error {
-	if !monthFile(name) || f.file != nil && name <= filepath.Base(f.file.Name()) {
-		return fmt.Errorf("%s: %w: %q cannot follow it", f.dir, ErrTampered, name)
-	}
 	if f.file != nil {
 		if err := f.syncTo(); err != nil {
 			return err
