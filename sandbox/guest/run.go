@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
@@ -72,7 +73,7 @@ func (c *Client) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, erro
 	if err := c.send(wire.AppendStart(nil, wire.Command{Dir: p.Dir, Args: p.Args, Env: p.Env})); err != nil {
 		return sandbox.Exit{}, err
 	}
-	f := follower{client: c, process: r, spec: p}
+	f := follower{client: c, process: r, spec: p, stopping: make(chan struct{})}
 	return f.follow(ctx)
 }
 
@@ -126,57 +127,88 @@ type follower struct {
 	client   *Client
 	process  *process
 	spec     sandbox.Process
-	spare    []byte    // memory to hand back to the inbox
-	unpaid   int       // bytes read and not granted again
-	broken   bool      // an output failed: the rest is discarded
-	cause    error     // why the process is being stopped, or nil
-	deadline time.Time // when the guest must have stopped it
-	overdue  <-chan time.Time
+	spare    []byte // memory to hand back to the inbox
+	unpaid   int    // bytes read and not granted again
+	broken   error  // of an output: the rest is discarded
+	deadline time.Time
+
+	once     sync.Once
+	cause    error         // why the process is being stopped; valid when stopping is closed
+	stopping chan struct{} // the guest has been told
 }
 
 // follow delivers output until the process has exited, and stops it when ctx
-// ends or an output fails.
-func (f *follower) follow(ctx context.Context) (sandbox.Exit, error) {
-	c, r := f.client, f.process
-	ctxDone := ctx.Done()
+// ends or an output fails. The end of ctx has a goroutine of its own, since an
+// output may be what blocks.
+func (f *follower) follow(ctx context.Context) (exit sandbox.Exit, err error) {
+	told := make(chan struct{})
+	watched := context.AfterFunc(ctx, func() {
+		defer close(told)
+		f.stop(context.Cause(ctx))
+	})
+	exit, err = f.loop()
+	if !watched() {
+		<-told
+	}
+	if isClosed(f.stopping) {
+		return exit, join(f.cause, err)
+	}
+	return exit, join(f.broken, err)
+}
+
+// join is errors.Join, but leaves a single error as it is.
+func join(a, b error) error {
+	switch {
+	case a == nil:
+		return b
+	case b == nil:
+		return a
+	}
+	return errors.Join(a, b)
+}
+
+func (f *follower) loop() (sandbox.Exit, error) {
+	c, r, stopping := f.client, f.process, f.stopping
+	var overdue <-chan time.Time
 	for {
 		// Looked at before the output is taken, so that the last of it is.
 		exited, died := isClosed(r.exited), isClosed(c.done)
 		f.deliver()
 		switch {
 		case exited:
-			return r.exit, f.cause
+			return r.exit, nil
 		case died:
-			return sandbox.Exit{}, errors.Join(f.cause, c.Err())
+			return sandbox.Exit{}, c.Err()
 		}
 		select {
 		case <-r.output.Wake():
 		case <-r.exited:
 		case <-c.done:
-		case <-ctxDone:
-			ctxDone = nil
-			f.stop(context.Cause(ctx))
-		case <-f.overdue:
+		case <-stopping:
+			stopping = nil
+			f.deadline = time.Now().Add(2*f.spec.Grace + c.wait)
+			overdue = time.After(time.Until(f.deadline))
+		case <-overdue:
 			left := time.Until(f.deadline)
 			if left <= 0 {
 				c.kill(errors.New("the guest did not stop the process in time"))
 			}
-			f.overdue = time.After(max(left, 0))
+			overdue = time.After(max(left, 0))
 		}
 	}
 }
 
-// stop tells the guest to stop the process, once, and sets the alarm for a
-// guest that does not. A process that has exited is not stopped any more.
+// stop tells the guest to stop the process, once. A process that has exited is
+// not stopped any more.
 func (f *follower) stop(cause error) {
-	if f.cause != nil || isClosed(f.process.exited) {
-		return
-	}
-	f.cause = cause
-	allowed := 2*f.spec.Grace + f.client.wait
-	f.deadline = time.Now().Add(allowed)
-	f.overdue = time.After(allowed)
-	f.tell(wire.Stop, int(f.spec.Grace.Milliseconds()))
+	f.once.Do(func() {
+		if isClosed(f.process.exited) {
+			return
+		}
+		f.cause = cause
+		close(f.stopping)
+		f.tell(wire.Stop, int(f.spec.Grace.Milliseconds()))
+	})
 }
 
 // deliver gives what has arrived to the outputs and grants as much again. The
@@ -203,15 +235,12 @@ func (f *follower) output(t wire.Type, p []byte) {
 		out = f.spec.Stderr
 	}
 	nanos, b, err := wire.ParseStamp(p)
-	if f.broken || out == nil || err != nil || len(b) == 0 {
+	if f.broken != nil || out == nil || err != nil || len(b) == 0 {
 		return // err was checked when the frame arrived
 	}
 	if err := out(time.Unix(0, nanos), b); err != nil {
-		f.broken = true
-		f.stop(fmt.Errorf("output: %w", err))
-		if f.cause == nil { // it has exited before
-			f.cause = fmt.Errorf("output: %w", err)
-		}
+		f.broken = fmt.Errorf("output: %w", err)
+		f.stop(f.broken)
 	}
 }
 

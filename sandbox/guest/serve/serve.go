@@ -64,6 +64,7 @@ type guest struct {
 	children *children
 	tails    *tails
 	buffers  [2][]byte     // of the step's stdout and stderr, made for the first
+	scratch  []byte        // of the Put under way, made for the first
 	write    sync.Mutex    // held for one write
 	done     chan struct{} // closed when the stream has ended
 	tasks    sync.WaitGroup

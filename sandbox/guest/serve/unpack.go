@@ -18,6 +18,8 @@ const (
 	parentMode  = 0o755 // of directories that the archive does not name
 	privateMode = 0o600 // of a file until it is complete
 	ownerAccess = 0o700 // without it we may not be able to write into a directory
+
+	scratchSize = 32 << 10 // to copy a file with; io.Copy would make as much for each
 )
 
 // put unpacks what comes in below dir.
@@ -25,7 +27,10 @@ func (g *guest) put(x *transfer, dir string) {
 	in := &incoming{guest: g, transfer: x}
 	root, err := openDirectory(g.root, dir)
 	if err == nil {
-		err = unpack(root, in)
+		if g.scratch == nil {
+			g.scratch = make([]byte, scratchSize)
+		}
+		err = unpack(root, in, g.scratch)
 		err = errors.Join(err, root.Close())
 	}
 	g.finish(nil, err)
@@ -120,8 +125,9 @@ func enter(root *os.Root, part string) (*os.Root, error) {
 // os.Root, which resolves every name below it; what is checked here besides
 // is that no link is made that points out.
 type unpacker struct {
-	root   *os.Root
-	closed []directory // made without ownerAccess: they get their mode at the end
+	root    *os.Root
+	scratch []byte
+	closed  []directory // made without ownerAccess: they get their mode at the end
 }
 
 type directory struct {
@@ -130,8 +136,8 @@ type directory struct {
 }
 
 // unpack reads a tar stream to its end, padding included.
-func unpack(root *os.Root, in io.Reader) error {
-	u := unpacker{root: root}
+func unpack(root *os.Root, in io.Reader, scratch []byte) error {
+	u := unpacker{root: root, scratch: scratch}
 	archive := tar.NewReader(in)
 	for {
 		header, err := archive.Next()
@@ -228,7 +234,7 @@ func (u *unpacker) file(name string, mode fs.FileMode, modified time.Time, conte
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(f, content)
+	_, err = io.CopyBuffer(writer{f}, content, u.scratch)
 	err = errors.Join(err, f.Chmod(mode), f.Close())
 	// An archive without times has 1970, which many tools refuse: then it is now.
 	if err == nil && modified.Unix() > 0 {
@@ -236,6 +242,9 @@ func (u *unpacker) file(name string, mode fs.FileMode, modified time.Time, conte
 	}
 	return err
 }
+
+// A writer has no ReadFrom, for which io.CopyBuffer would leave its buffer.
+type writer struct{ io.Writer }
 
 func (u *unpacker) dir(name string, mode fs.FileMode) error {
 	info, err := u.root.Lstat(name)
