@@ -1,0 +1,228 @@
+// Package gateway is the way out of boxes whose network package netns made.
+//
+// For each box it answers DNS with virtual addresses, one per allowed name, and
+// serves the TCP connections that the box's network redirects to it. The kernel
+// tells which virtual address a connection was made to (SO_ORIGINAL_DST), the
+// address tells the name, and name and port tell the rule. A connection that no
+// rule allows is reset. An allowed one is served as the rule's protocol says:
+//
+//   - tcp: the destination is dialled and bytes are passed.
+//   - tls: the same, after a ClientHello whose server name is the rule's name
+//     was read. An encrypted ClientHello is refused, GREASE included, because
+//     the two look alike and a real one may hide another name of the same
+//     provider: turn it off in the browsers that send it. Passed-through TLS
+//     cannot be checked further: the Host inside it is not seen.
+//   - http: requests are parsed and written anew, each one after its Host was
+//     checked. HTTP/1 only; CONNECT and upgrades are refused.
+//
+// The destination's addresses are looked up and judged once and what was
+// judged is dialled, so a name cannot change in between. By default only public
+// addresses are. See address.go for the classes.
+//
+// Rules for IP literals are refused by Open: the network of a box redirects the
+// virtual range only. Give the address a name and name the address in Resolve.
+//
+// The ledger gets a line for each TCP connection (with protocol http: for each
+// request), each DNS question that is not about an allowed name and each packet
+// that the network of the box refused. A question about an allowed name reaches
+// nothing and has no line of its own; neither have reverse questions about the
+// addresses of the box. Lines of one Open are written one at a time.
+//
+// What the job sees: connect succeeds before the destination was dialled, and
+// whatever goes wrong later is a reset.
+package gateway
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/mayfly-ci/mayfly/sandbox/egress"
+)
+
+// A Resolver looks names up outside of the box. *net.Resolver is one.
+type Resolver interface {
+	// LookupNetIP returns the addresses of host, which ends with a dot so that
+	// no search domain is tried. network is "ip".
+	LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error)
+}
+
+// The values of Config fields that are zero.
+const (
+	// DefaultNames bounds the names of one job. A virtual address is never
+	// given to a second name of the same job, so steps add up.
+	DefaultNames = 4096
+	// DefaultConns bounds the connections of one job at a time. Each may hold
+	// two descriptors, two pipes and, while a ClientHello is awaited, 64 KiB.
+	DefaultConns = 1024
+	// DefaultDialling is the time to look a name up and to connect.
+	DefaultDialling = 10 * time.Second
+	// DefaultHello is the time to send a ClientHello or the header of a request.
+	DefaultHello = 10 * time.Second
+	// DefaultIdle is the time in which some byte must move. Clouds forget idle
+	// connections after 4 to 6 minutes; a slow query may well take more.
+	DefaultIdle = 15 * time.Minute
+)
+
+// Config says how a gateway reaches the outside. The zero value is usable.
+type Config struct {
+	Resolver Resolver // nil: the system's
+	// Dial connects to an address that was judged. nil: net.Dialer. What it
+	// returns should have CloseWrite, else half-close ends the connection.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	// Never are the agent's own listeners, which no rule opens. An unspecified
+	// address stands for every address of this machine.
+	Never []netip.AddrPort
+
+	Names int // per job; 0: DefaultNames
+	Conns int // per job at a time; 0: DefaultConns
+
+	Dialling time.Duration // 0: DefaultDialling
+	Hello    time.Duration // 0: DefaultHello
+	Idle     time.Duration // 0: DefaultIdle
+
+	// Trace is called between outside effects, for crash tests; nil: none.
+	Trace func(point string)
+}
+
+// withDefaults returns c with its zero values replaced.
+func (c Config) withDefaults() (Config, error) {
+	if c.Names < 0 || c.Conns < 0 || c.Dialling < 0 || c.Hello < 0 || c.Idle < 0 {
+		return c, errors.New("gateway config: a limit is negative; 0 is the default, there is no unlimited")
+	}
+	for _, a := range c.Never {
+		if !a.IsValid() || a.Port() == 0 {
+			return c, fmt.Errorf("gateway config: listener %v: an address and a port are needed", a)
+		}
+	}
+	if c.Resolver == nil {
+		c.Resolver = net.DefaultResolver
+	}
+	if c.Dial == nil {
+		c.Dial = (&net.Dialer{}).DialContext
+	}
+	if c.Trace == nil {
+		c.Trace = func(string) {}
+	}
+	c.Never = slices.Clone(c.Never)
+	c.Names = min(cmp.Or(c.Names, DefaultNames), virtualAddresses)
+	c.Conns = cmp.Or(c.Conns, DefaultConns)
+	c.Dialling = cmp.Or(c.Dialling, DefaultDialling)
+	c.Hello = cmp.Or(c.Hello, DefaultHello)
+	c.Idle = cmp.Or(c.Idle, DefaultIdle)
+	return c, nil
+}
+
+// A Gateway serves any number of boxes. It implements egress.Gateway.
+type Gateway struct {
+	cfg    Config
+	table  *table
+	mu     sync.Mutex
+	scopes map[string]*scope // by the name given to Open
+}
+
+var _ egress.Gateway = (*Gateway)(nil)
+
+// New makes a gateway without boxes.
+func New(c Config) (*Gateway, error) {
+	c, err := c.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	return &Gateway{cfg: c, table: newTable(), scopes: make(map[string]*scope)}, nil
+}
+
+// Open implements egress.Gateway.
+func (g *Gateway) Open(ctx context.Context, name string, o egress.Opening) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if name == "" || o.Ledger == nil {
+		return fmt.Errorf("gateway %q: a name and a ledger are needed", name)
+	}
+	if err := validate(o.Rules); err != nil {
+		return fmt.Errorf("gateway %s: %w", name, err)
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.scopes[name] != nil {
+		return fmt.Errorf("gateway %s: is open already", name)
+	}
+	b := newBox()
+	if o.Parent != "" {
+		parent := g.scopes[o.Parent]
+		if parent == nil || !parent.root() {
+			return fmt.Errorf("gateway %s: parent %q is not an open gateway with a box", name, o.Parent)
+		}
+		b = parent.box
+	}
+	s := newScope(name, b, o.Ledger)
+	if err := b.admit(s, o.Rules.Allow, g.cfg.Names); err != nil {
+		return fmt.Errorf("gateway %s: %w", name, err)
+	}
+	g.scopes[name] = s
+	g.cfg.Trace("gateway.opened")
+	return nil
+}
+
+// Attach implements egress.Gateway. The sockets are those of netns.Open.
+func (g *Gateway) Attach(ctx context.Context, name string, s egress.Sockets) error {
+	d, err := adopt(s)
+	if err != nil {
+		return fmt.Errorf("gateway %s: %w", name, err)
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	sc := g.scopes[name]
+	switch {
+	case ctx.Err() != nil:
+		err = ctx.Err()
+	case sc == nil:
+		err = errors.New("is not open")
+	case !sc.root():
+		err = errors.New("has no box of its own, its parent has")
+	default:
+		err = sc.box.serve(g, d)
+	}
+	if err != nil {
+		return fmt.Errorf("gateway %s: %w", name, errors.Join(err, d.close()))
+	}
+	g.cfg.Trace("gateway.attached")
+	return nil
+}
+
+// Close implements egress.Gateway. It returns an error if ctx ends first, and
+// may then be called again, or if the ledger failed, and has closed the name.
+func (g *Gateway) Close(ctx context.Context, name string) error {
+	g.mu.Lock()
+	s := g.scopes[name]
+	g.mu.Unlock()
+	if s == nil {
+		return nil
+	}
+	if err := s.box.withdraw(s); err != nil {
+		return fmt.Errorf("gateway %s: %w", name, err)
+	}
+	g.cfg.Trace("gateway.withdrawn")
+	select {
+	case <-s.idle():
+	case <-ctx.Done():
+		return fmt.Errorf("gateway %s: waiting for the last ledger line: %w", name, ctx.Err())
+	}
+	g.mu.Lock()
+	if g.scopes[name] == s {
+		delete(g.scopes, name)
+	}
+	g.mu.Unlock()
+	g.cfg.Trace("gateway.closed")
+	if err := s.book.failure(); err != nil {
+		return fmt.Errorf("gateway %s: %w", name, err)
+	}
+	return nil
+}

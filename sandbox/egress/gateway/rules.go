@@ -1,0 +1,109 @@
+package gateway
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"github.com/mayfly-ci/mayfly/sandbox/egress"
+)
+
+// cite names a rule to the author of the policy.
+func cite(r egress.Rule) string {
+	if r.ID != "" {
+		return "rule " + r.ID
+	}
+	return fmt.Sprintf("rule {%s %d %s}", printable(r.Name), r.Port, r.Protocol)
+}
+
+// validate refuses rules that cannot be enforced as written. Every bad rule is
+// named.
+func validate(rules egress.Rules) error {
+	var all []error
+	for _, r := range rules.Allow {
+		if err := validateRule(r); err != nil {
+			all = append(all, fmt.Errorf("%w: %s: %w", egress.ErrBadRules, cite(r), err))
+		}
+	}
+	return errors.Join(all...)
+}
+
+func validateRule(r egress.Rule) error {
+	if addr, err := netip.ParseAddr(r.Name); err == nil {
+		return fmt.Errorf("the network of a box carries names only; name the host and add resolve: [%s]", addr)
+	}
+	if name, err := canonical(r.Name); err != nil {
+		return err
+	} else if name != r.Name {
+		return fmt.Errorf("name %q: write %s", r.Name, name)
+	}
+	if r.Port == 0 {
+		return errors.New("port: a number from 1 to 65535 is needed")
+	}
+	switch r.Protocol {
+	case egress.TCP, egress.TLS, egress.HTTP:
+	default:
+		return fmt.Errorf("protocol %q: tcp, tls or http is needed", r.Protocol)
+	}
+	for _, p := range r.Resolve {
+		if !p.IsValid() || p.Addr().Is4In6() {
+			return fmt.Errorf("resolve %v: an IPv4 or IPv6 prefix is needed", p)
+		}
+	}
+	return nil
+}
+
+// canonical is the one form of a host name: lower-case LDH labels (RFC 1123
+// section 2.1) without the final dot, at most 253 bytes. A name that ends in a
+// number is refused, because programs take such for IPv4 addresses.
+func canonical(s string) (string, error) {
+	name := strings.TrimSuffix(s, ".")
+	if name == "" || len(name) > 253 {
+		return "", fmt.Errorf("name %s: 1 to 253 bytes are needed", printable(s))
+	}
+	lower := []byte(name)
+	label := 0
+	for i, c := range lower {
+		switch {
+		case c >= 'A' && c <= 'Z':
+			lower[i] = c + 'a' - 'A'
+		case c >= 'a' && c <= 'z', c >= '0' && c <= '9':
+		case c == '-' && label > 0 && i+1 < len(lower) && lower[i+1] != '.':
+		case c == '.' && label > 0:
+			label = -1
+		default:
+			return "", fmt.Errorf("name %s: labels of letters, digits and inner hyphens are needed (punycode for others)", printable(s))
+		}
+		if label++; label > 63 {
+			return "", fmt.Errorf("name %s: a label has more than 63 bytes", printable(s))
+		}
+	}
+	name = string(lower)
+	if label == 0 {
+		return "", fmt.Errorf("name %s: a label is empty", printable(s))
+	}
+	if last := name[strings.LastIndexByte(name, '.')+1:]; numeric(last) {
+		return "", fmt.Errorf("name %s: ends in a number, as an address does", printable(s))
+	}
+	return name, nil
+}
+
+// numeric reports a label that inet_aton would read as a number.
+func numeric(label string) bool {
+	digits, set := label, "0123456789"
+	if strings.HasPrefix(label, "0x") {
+		digits, set = label[2:], "0123456789abcdef"
+	}
+	return strings.Trim(digits, set) == ""
+}
+
+// printable makes what a job sent fit for a line or an error: ASCII, bounded.
+func printable(s string) string {
+	const limit = 300
+	if len(s) > limit {
+		s = s[:limit]
+	}
+	q := fmt.Sprintf("%+q", s)
+	return q[1 : len(q)-1]
+}

@@ -1,0 +1,242 @@
+package gateway
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+
+	"github.com/mayfly-ci/mayfly/sandbox/egress"
+)
+
+// virtualAddresses is how many names the virtual range has room for; its first
+// address is not used.
+const virtualAddresses = 1<<(32-15) - 1
+
+// A book writes the lines of one scope, one at a time.
+type book struct {
+	name  string
+	write egress.Ledger
+	mu    sync.Mutex
+	lost  int
+	first error
+}
+
+// line writes l. If that fails, the attempt must be refused.
+func (b *book) line(l egress.Line) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	l.Gateway = b.name
+	err := b.write(l)
+	if err != nil {
+		if b.lost++; b.first == nil {
+			b.first = err
+		}
+	}
+	return err
+}
+
+// failure says whether lines are missing.
+func (b *book) failure() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.lost == 0 {
+		return nil
+	}
+	return fmt.Errorf("ledger: %d lines not written: %w", b.lost, b.first)
+}
+
+// A scope is what one Open admitted: a box, or a widening of one.
+type scope struct {
+	box  *box
+	book *book
+	wg   sync.WaitGroup
+	// Guarded by box.mu.
+	closed bool
+	ends   map[*session]func() // how to end the connections of the scope
+}
+
+func newScope(name string, b *box, ledger egress.Ledger) *scope {
+	s := &scope{box: b, book: &book{name: name, write: ledger}, ends: make(map[*session]func())}
+	if b.root == nil {
+		b.root = s
+	}
+	return s
+}
+
+// root says whether the scope has a box of its own.
+func (s *scope) root() bool { return s.box.root == s }
+
+// idle is closed when nothing of the scope runs any more.
+func (s *scope) idle() <-chan struct{} {
+	done := make(chan struct{})
+	go func() { // ends with the scope, which the caller has withdrawn
+		s.wg.Wait()
+		close(done)
+	}()
+	return done
+}
+
+// A grant is a rule and the scope that brought it.
+type grant struct {
+	egress.Rule
+	scope *scope
+}
+
+// A destination is a name of a box. It keeps its address for as long as the box
+// lives, because the job may have kept it too.
+type destination struct {
+	name   string
+	addr   netip.Addr
+	grants []grant // none: it was allowed once
+}
+
+// A box is the network of one job, as the gateway sees it.
+type box struct {
+	root *scope
+	mu   sync.Mutex
+	// The following are guarded by mu.
+	byName map[string]*destination
+	byAddr map[netip.Addr]*destination
+	scopes []*scope // that are open, the root first
+	conns  int
+	door   *door // nil before Attach
+}
+
+func newBox() *box {
+	return &box{byName: make(map[string]*destination), byAddr: make(map[netip.Addr]*destination)}
+}
+
+// admit adds the rules of a scope, all or none.
+func (b *box) admit(s *scope, rules []egress.Rule, limit int) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.root.closed {
+		return errors.New("the box of the parent is closing")
+	}
+	fresh := make(map[string]bool)
+	for i, r := range rules {
+		d := b.byName[r.Name]
+		if d == nil {
+			fresh[r.Name] = true
+		} else if err := conflict(d.grants, r); err != nil {
+			return err
+		}
+		for _, earlier := range rules[:i] {
+			if earlier.Name == r.Name {
+				if err := conflict([]grant{{Rule: earlier}}, r); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	if n := len(b.byName) + len(fresh); n > limit {
+		return fmt.Errorf("%w: %d names, a job may have %d", egress.ErrBadRules, n, limit)
+	}
+	for _, r := range rules {
+		d := b.byName[r.Name]
+		if d == nil {
+			d = &destination{name: r.Name, addr: virtualAddress(len(b.byName) + 1)}
+			b.byName[d.name], b.byAddr[d.addr] = d, d
+		}
+		r.Resolve = slices.Clone(r.Resolve)
+		d.grants = append(d.grants, grant{r, s})
+	}
+	b.scopes = append(b.scopes, s)
+	return nil
+}
+
+// conflict refuses a rule that would make another mean something else.
+func conflict(grants []grant, r egress.Rule) error {
+	for _, g := range grants {
+		if g.Port == r.Port && (g.Protocol != r.Protocol || !slices.Equal(g.Resolve, r.Resolve)) {
+			return fmt.Errorf("%w: %s contradicts %s about %s port %d; make protocol and resolve the same", egress.ErrBadRules, cite(r), cite(g.Rule), r.Name, r.Port)
+		}
+	}
+	return nil
+}
+
+// virtualAddress is the nth address of the virtual range.
+func virtualAddress(n int) netip.Addr {
+	a := egress.Virtual.Addr().As4()
+	a[1] += byte(n >> 16)
+	a[2] += byte(n >> 8)
+	a[3] += byte(n)
+	return netip.AddrFrom4(a)
+}
+
+// answer gives the virtual address of a name that some rule allows.
+func (b *box) answer(name string) (netip.Addr, bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	d := b.byName[name]
+	if d == nil || len(d.grants) == 0 {
+		return netip.Addr{}, false
+	}
+	return d.addr, true
+}
+
+// decide finds the grant for a connection to a virtual address, and the name
+// that was meant even if there is none.
+func (b *box) decide(to netip.AddrPort) (name string, g *grant) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	d := b.byAddr[to.Addr()]
+	if d == nil {
+		return "", nil
+	}
+	for _, g := range d.grants {
+		if g.Port == to.Port() {
+			return d.name, &g
+		}
+	}
+	return d.name, nil
+}
+
+// enter makes a connection one of its scope's. It fails if the scope is closed.
+func (b *box) enter(s *scope, c *session, end func()) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if s.closed {
+		return false
+	}
+	s.wg.Add(1)
+	b.root.wg.Add(1) // the box ends with the last of its connections
+	s.ends[c] = end
+	return true
+}
+
+// leave is called when the last line of the connection is written.
+func (b *box) leave(s *scope, c *session) {
+	b.mu.Lock()
+	delete(s.ends, c)
+	b.mu.Unlock()
+	s.wg.Done()
+	b.root.wg.Done()
+}
+
+// withdraw takes the rules of a scope back and ends what they allowed. With the
+// root everything of the box ends.
+func (b *box) withdraw(s *scope) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	going := []*scope{s}
+	if s.root() {
+		going = slices.Clone(b.scopes)
+	}
+	for _, s := range going {
+		s.closed = true
+		for _, d := range b.byName {
+			d.grants = slices.DeleteFunc(d.grants, func(g grant) bool { return g.scope == s })
+		}
+		for _, end := range s.ends {
+			end()
+		}
+	}
+	b.scopes = slices.DeleteFunc(b.scopes, func(s *scope) bool { return s.closed })
+	if !s.root() || b.door == nil {
+		return nil
+	}
+	return b.door.close()
+}
