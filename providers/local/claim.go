@@ -143,13 +143,18 @@ func (p *Provider) discard(name, id string) error {
 	return errors.Join(err, p.root.RemoveAll(path.Join(dirClaimed, name)))
 }
 
-// write writes v as JSON to a new file, through to the disk if sync is set.
+// write writes v as JSON to a new file, through to the disk if sync is set. An
+// old file of the name is removed and not written over: after a death behind a
+// link it is the report itself.
 func (p *Provider) write(file string, v any, sync bool) error {
 	b, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
 		return fmt.Errorf("%s: %w", file, err)
 	}
-	f, err := p.root.OpenFile(file, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o644)
+	if err := p.root.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("spool: %w", err)
+	}
+	f, err := p.root.OpenFile(file, os.O_CREATE|os.O_WRONLY|os.O_EXCL, 0o644)
 	if err != nil {
 		return fmt.Errorf("spool: %w", err)
 	}

@@ -108,10 +108,7 @@ func readCommit(ctx context.Context, repository, rev, file string) (sha, text st
 	}
 	b := &batch{in: in, out: bufio.NewReader(out)}
 	sha, text, err = b.read(rev, file)
-	closed := in.Close()
-	if err != nil {
-		cancel() // it may be in the middle of an object
-	}
+	closed := in.Close() // which ends git
 	waited := cmd.Wait()
 	if err == nil {
 		err = errors.Join(closed, waited)

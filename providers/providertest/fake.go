@@ -271,7 +271,11 @@ func (f *Fake) Complete(_ context.Context, name string, _ []byte, r providers.Re
 	if err := appendTo(f.path("calls"), append(b, '\n')); err != nil || claimed.ID == "" {
 		return err
 	}
+	// Not written over: after a death behind the link it is the report itself.
 	draft := f.path("reports", "."+name)
+	if err := os.Remove(draft); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("fake: %w", err)
+	}
 	if err := os.WriteFile(draft, b, 0o600); err != nil {
 		return fmt.Errorf("fake: %w", err)
 	}

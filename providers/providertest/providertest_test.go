@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -313,7 +314,7 @@ func copies(p *faulty) {
 		b, err := os.ReadFile(p.path("offers", id))
 		j, cerr := p.Fake.Claim(ctx, name, o)
 		if err == nil && cerr == nil {
-			cerr = os.WriteFile(p.path("offers", id), b, 0o600)
+			cerr = errors.Join(os.WriteFile(p.path("offers", "."+id), b, 0o600), os.Rename(p.path("offers", "."+id), p.path("offers", id)))
 		}
 		return j, cerr
 	}
@@ -412,5 +413,53 @@ func TestFakeIsDownAndUp(t *testing.T) {
 	}
 	if owed, err := f.Owed(); err != nil || len(owed) != 0 {
 		t.Errorf("Owed() = %q, %v; want none", owed, err)
+	}
+}
+
+// An agent that dies behind an effect of the fake finds it done.
+func TestFakeSurvivesDeath(t *testing.T) {
+	t.Parallel()
+	for _, point := range []string{"fake.claimed", "fake.reported", "fake.completed"} {
+		dir := t.TempDir()
+		f, err := NewFake(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		id, err := f.Submit(providers.Job{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.Trace = func(at string) {
+			if at == point {
+				runtime.Goexit()
+			}
+		}
+		dead := make(chan struct{})
+		go func() {
+			defer close(dead)
+			_, cerr := f.Claim(t.Context(), "n", providers.Offer{ID: id})
+			if err := errors.Join(cerr, f.Complete(t.Context(), "n", nil, providers.Result{Conclusion: providers.Success})); err != nil {
+				t.Errorf("%s: %v", point, err)
+			}
+		}()
+		<-dead
+		next, err := NewFake(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := next.Complete(t.Context(), "n", nil, providers.Result{Conclusion: providers.Lost}); err != nil {
+			t.Errorf("died at %s: Complete = %v", point, err)
+		}
+		want := providers.Success
+		if point == "fake.claimed" {
+			want = providers.Lost
+		}
+		reports, err := next.Reports()
+		if err != nil || len(reports) != 1 || reports[0].ID != id || reports[0].Result.Conclusion != want {
+			t.Errorf("died at %s: reports = %+v, %v; want one %q", point, reports, err, want)
+		}
+		if owed, err := next.Owed(); err != nil || len(owed) > 0 {
+			t.Errorf("died at %s: owed %q, %v", point, owed, err)
+		}
 	}
 }
