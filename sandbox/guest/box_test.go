@@ -48,7 +48,7 @@ func buildAndRun(m *testing.M) int {
 type box struct {
 	*guest.Client
 	cmd    *exec.Cmd
-	stderr *bytes.Buffer
+	stderr *recorder
 }
 
 // newBox starts a guest. prefix is a shell command that becomes the guest, such
@@ -76,7 +76,7 @@ func startBox(t testing.TB, prefix string, args ...string) *box {
 	ours, theirs := socketPair(t)
 	script := "mount --make-rprivate / && mount -t proc proc /proc && " + prefix + ` "$0" "$@"`
 	cmd := exec.Command("sh", append([]string{"-c", script, program}, args...)...)
-	var stderr bytes.Buffer
+	var stderr recorder
 	cmd.Stderr = &stderr
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
@@ -128,6 +128,11 @@ func socketPair(t testing.TB) (net.Conn, *os.File) {
 		t.Fatal(err)
 	}
 	return conn, os.NewFile(uintptr(fds[1]), "guest")
+}
+
+// Write makes a recorder the stderr of a guest.
+func (r *recorder) Write(b []byte) (int, error) {
+	return len(b), r.output(time.Now(), b)
 }
 
 // A recorder keeps what a process prints.
@@ -196,7 +201,7 @@ func tarOf(t testing.TB, headers ...tar.Header) *bytes.Buffer {
 			h.Typeflag, content, h.Linkname = tar.TypeReg, h.Linkname, ""
 			h.Size = int64(len(content))
 		}
-		if h.Mode == 0 {
+		if h.Mode == 0 && h.Typeflag != tar.TypeXGlobalHeader {
 			h.Mode = 0o644
 		}
 		if err := w.WriteHeader(&h); err != nil {

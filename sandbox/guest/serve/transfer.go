@@ -140,7 +140,7 @@ func openRegular(root, name string) (d descriptor, size uint64, err error) {
 		return 0, 0, &fs.PathError{Op: "open", Path: root, Err: err}
 	}
 	defer func() { closeFD(dir) }()
-	rest := strings.TrimPrefix(path.Clean(name), "/")
+	rest := path.Clean(strings.TrimPrefix(path.Clean(name), "/"))
 	for {
 		part, tail, more := strings.Cut(rest, "/")
 		if !more {

@@ -249,7 +249,7 @@ type writer struct{ io.Writer }
 func (u *unpacker) dir(name string, mode fs.FileMode) error {
 	info, err := u.root.Lstat(name)
 	if err != nil || !info.IsDir() {
-		err := u.place(name, func() error { return u.root.Mkdir(name, mode|ownerAccess) })
+		err := u.place(name, func() error { return u.root.Mkdir(name, mode.Perm()|ownerAccess) })
 		if err != nil {
 			return err
 		}
