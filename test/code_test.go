@@ -64,7 +64,7 @@ func callRules() []rule {
 					return nil
 				}
 				return calls(s, func(callee string) bool {
-					return strings.HasPrefix(callee, "fmt.Print") || callee == "print" || callee == "println" || strings.HasPrefix(callee, "log.")
+					return strings.HasPrefix(callee, "fmt.Print") || callee == "print" || callee == "println" || strings.HasPrefix(callee, "log.") && callee != "log.New"
 				})
 			},
 			bad: [][2]string{

@@ -50,7 +50,7 @@ func table() []row {
 		{"runner/internal/...", "runner/internal/...", "the journal knows names and bytes, not what they stand for"},
 		{"runner", "providers providers/workflow sandbox sandbox/egress creds creds/mask runner/policy runner/audit runner/internal/...", "the life of a job is written against contracts: it knows no implementation"},
 		{"configs/strict", "", "one way to read YAML, for configuration and policy"},
-		{"configs", "configs/strict", "splits a file into sections; their owners decode them"},
+		{"configs", "configs/strict creds", "splits a file into sections, which their owners decode; a secret is named by its file"},
 		{"cmd/mayfly-guest", "sandbox/guest/serve sandbox/native/boxinit", "process 1 of a box"},
 		{"cmd/mayfly", "...", "the only place that knows implementations"},
 		{"test/...", "...", "tests of the whole"},

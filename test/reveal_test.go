@@ -10,7 +10,9 @@ import (
 // why. Everything else handles the Secret, which prints as "[secret]".
 var revealers = map[string]string{
 	"runner/environ.go (*steps).field":                   "the value becomes a variable or a file of the step that the policy named",
-	"creds/mask/mask.go (*Set).With":                     "the mask must know what to hide",
+	"creds/mask/encodings.go needlesOf":                  "the mask must know what to hide",
+	"creds/mask/mask.go (*Set).With":                     "and what is too short to be hidden, which it refuses",
+	"creds/postgres/config.go (Config).password":         "the administrator's password leaves for the server, which proves who it is first",
 	"providers/workflow/value.go (*evaluator).canonical": "an expression of the workflow computes with it: ${{ secrets.X }}",
 }
 
