@@ -53,6 +53,7 @@ func (p *pipe) run(first []byte) error {
 	}
 	p.sent = int64(len(first)) + p.half(p.up, p.job)
 	wg.Wait()
+	p.once.Do(func() {}) // from here on nothing is aborted, and err is settled
 	return p.err
 }
 
