@@ -1,0 +1,145 @@
+// Package credstest is the conformance suite of creds.Issuer: one subtest per
+// clause of the contract. It also has a fake issuer whose provider is a
+// directory, for tests of what uses issuers.
+package credstest
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/mayfly-ci/mayfly/creds"
+)
+
+// A Harness is an issuer and what the suite needs to judge it.
+type Harness struct {
+	Issuer creds.Issuer
+	Owner  string // installation id that the issuer was made with
+
+	Scope     json.RawMessage   // of a grant that works
+	BadScopes []json.RawMessage // each to be refused; an unknown key is tried in any case
+
+	// Use really uses the lease, as a job would: nil if the provider accepts it.
+	Use func(ctx context.Context, l creds.Lease) error
+
+	// Hold starts a use that lasts (a session). The channel gets its end. nil
+	// if the provider knows no such thing.
+	Hold func(ctx context.Context, l creds.Lease) (ended <-chan error, err error)
+
+	// Down takes the backend down so that it answers nobody; Up undoes it.
+	Down, Up func(ctx context.Context) error
+
+	// Freeze makes the backend accept requests and not answer them; Thaw
+	// undoes it.
+	Freeze, Thaw func(ctx context.Context) error
+}
+
+// A clause is one sentence of the contract. Its check returns what breaks it.
+type clause struct {
+	name  string
+	check func(ctx context.Context, h Harness) error
+}
+
+// clauseTimeout bounds a clause, set for the slowest server seen by a factor
+// of ten.
+const clauseTimeout = 60 * time.Second
+
+// patience is how long a method may take to come back after its context ended.
+const patience = 5 * time.Second
+
+// Run checks that the issuer of factory keeps the contract. The factory is
+// called once for each clause; its backend may be shared, since names are not.
+func Run(t *testing.T, factory func(t *testing.T) Harness) {
+	t.Helper()
+	for _, c := range clauses() {
+		t.Run(strings.ReplaceAll(c.name, " ", "_"), func(t *testing.T) {
+			h := factory(t)
+			ctx, cancel := context.WithTimeout(t.Context(), clauseTimeout)
+			defer cancel()
+			if err := c.check(ctx, h); err != nil {
+				t.Errorf("%s: %v", c.name, err)
+			}
+		})
+	}
+}
+
+// newName returns a name that nobody had before, as long as names get.
+func newName() string {
+	name := "ct-" + strings.ToLower(rand.Text()+rand.Text())
+	return name[:40]
+}
+
+func (h Harness) grant() creds.Grant {
+	return creds.Grant{
+		Subject: creds.Subject{
+			Provider: "local", Repository: "o/it's \"röd\"; drop", Ref: "refs/heads/main", SHA: strings.Repeat("a", 40),
+			Workflow: "ci", Event: "push", Job: "mf-1", Step: "s",
+		},
+		Scope: h.Scope, Expires: time.Now().Add(10 * time.Minute),
+	}
+}
+
+// issue mints a lease that works and hands it to do. The lease is revoked
+// afterwards, whatever do did.
+func (h Harness) issue(ctx context.Context, do func(name string, l creds.Lease) error) (err error) {
+	name := newName()
+	var l creds.Lease
+	defer func() {
+		err = errors.Join(err, wrap("revoke at the end", h.Issuer.Revoke(context.WithoutCancel(ctx), name, l.Handle)))
+	}()
+	if l, err = h.Issuer.Issue(ctx, name, h.grant()); err != nil {
+		return fmt.Errorf("Issue: %w", err)
+	}
+	if err := h.Use(ctx, l); err != nil {
+		return fmt.Errorf("a new lease is not usable: %w", err)
+	}
+	return do(name, l)
+}
+
+// while runs do between begin and end.
+func while(ctx context.Context, begin, end func(context.Context) error, do func() error) (err error) {
+	if err := begin(ctx); err != nil {
+		return fmt.Errorf("harness: %w", err)
+	}
+	defer func() { err = errors.Join(err, wrap("harness", end(context.WithoutCancel(ctx)))) }()
+	return do()
+}
+
+func wrap(what string, err error) error {
+	if err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return nil
+}
+
+// refused says whether the provider refuses the lease.
+func (h Harness) refused(ctx context.Context, l creds.Lease) error {
+	if h.Use(ctx, l) == nil {
+		return errors.New("the provider still accepts the lease")
+	}
+	return nil
+}
+
+// probed tells a proof from the lack of one.
+func probed(p creds.Proof, err error) error {
+	switch {
+	case err != nil:
+		return fmt.Errorf("Probe: got %w, want a proof", err)
+	case p.At.IsZero() || p.How == "" || p.Refusal == "":
+		return fmt.Errorf("Probe: got %+v, want time, way and refusal", p)
+	}
+	return nil
+}
+
+// unknown is what Probe has to say when nobody can say.
+func unknown(p creds.Proof, err error) error {
+	if err == nil || errors.Is(err, creds.ErrStillValid) || p != (creds.Proof{}) {
+		return fmt.Errorf("Probe: got proof %+v and error %w, want no proof and another error than ErrStillValid", p, err)
+	}
+	return nil
+}
