@@ -119,13 +119,13 @@ func (n Node) basic(v reflect.Value) error {
 		v.SetBool(strings.EqualFold(n.y.Value, "true"))
 	case reflect.Int, reflect.Int8, reflect.Int16, reflect.Int32, reflect.Int64:
 		i, err := strconv.ParseInt(n.Text(), 10, v.Type().Bits())
-		if err != nil || !is("!!int") {
+		if err != nil || !is("!!int") || strconv.FormatInt(i, 10) != n.Text() {
 			return n.wrong("a whole number in decimal" + outOf(err))
 		}
 		v.SetInt(i)
 	case reflect.Uint, reflect.Uint8, reflect.Uint16, reflect.Uint32, reflect.Uint64:
 		u, err := strconv.ParseUint(n.Text(), 10, v.Type().Bits())
-		if err != nil || !is("!!int") {
+		if err != nil || !is("!!int") || strconv.FormatUint(u, 10) != n.Text() {
 			return n.wrong("a whole number in decimal, not negative" + outOf(err))
 		}
 		v.SetUint(u)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"iter"
 	"slices"
+	"strings"
 
 	"go.yaml.in/yaml/v4"
 )
@@ -19,6 +20,9 @@ type Node struct {
 
 // IsZero reports whether the part is absent.
 func (n Node) IsZero() bool { return n.y == nil }
+
+// IsMapping reports whether the part has keys, or is empty and so could have.
+func (n Node) IsMapping() bool { return n.isNull() || n.y.Kind == yaml.MappingNode }
 
 // Pos says where the part begins.
 func (n Node) Pos() Pos {
@@ -143,6 +147,9 @@ func (n Node) value() (any, error) {
 func (n Node) scalar() (any, error) {
 	if n.y.Tag == "!!str" || n.y.Tag == "!!timestamp" {
 		return n.y.Value, nil
+	}
+	if digits := strings.TrimPrefix(n.y.Value, "-"); n.y.Tag == "!!int" && digits != "0" && (digits[0] == '0' || strings.Trim(digits, "0123456789") != "") {
+		return nil, n.Errorf("%s: write the number in decimal", n.y.Value) // 010 is 8 to some and 10 to others
 	}
 	var v any
 	if err := n.y.Decode(&v); err != nil {

@@ -1,0 +1,253 @@
+package configs
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/providers"
+	"github.com/mayfly-ci/mayfly/runner/policy"
+)
+
+func TestExampleAgent(t *testing.T) {
+	t.Parallel()
+	c, err := Load("agent.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.State != "/var/lib/mayfly" || c.Slots != 4 || c.Policy != "policy.yaml" || c.Drain != 10*time.Minute || c.Log != (Log{"info", "json"}) {
+		t.Errorf("Load: got %+v", c)
+	}
+	var spool struct {
+		Dir string `yaml:"dir"`
+	}
+	if err := c.Providers["local"].Decode(&spool); err != nil || spool.Dir != "/var/spool/mayfly" || c.Providers["local"].Type != "local" {
+		t.Errorf("provider: got %+v, %v", spool, err)
+	}
+	var db struct {
+		Host     string `yaml:"host"`
+		Port     int    `yaml:"port"`
+		Database string `yaml:"database"`
+		User     string `yaml:"user"`
+		Password string `yaml:"password_file"`
+	}
+	if err := c.Issuers["build-db"].Decode(&db); err != nil || db.Port != 5432 || c.Issuers["build-db"].Type != "postgres" {
+		t.Errorf("issuer: got %+v, %v", db, err)
+	}
+	var nothing struct{}
+	if err := errors.Join(c.Gateway.Decode(&nothing), c.Runtimes["native"].Decode(&nothing)); err != nil {
+		t.Errorf("empty sections: %v", err)
+	}
+}
+
+func TestExamplePolicy(t *testing.T) {
+	t.Parallel()
+	src, err := os.ReadFile("policy.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := policy.Parse(src, "policy.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	j := providers.Job{Subject: creds.Subject{Repository: "acme/app", Ref: "refs/heads/main", Event: "push"}, Trust: providers.TrustProtected}
+	if plan, err := p.Decide(j); err != nil || len(plan.Egress) != 3 || len(plan.Leases) != 1 {
+		t.Errorf("main build: got %+v, %v, want 3 ways out and a lease", plan, err)
+	}
+	j.Trust = providers.TrustFork
+	if plan, err := p.Decide(j); err != nil || len(plan.Egress) != 0 || len(plan.Leases) != 0 {
+		t.Errorf("fork: got %+v, %v, want nothing granted", plan, err)
+	}
+	c, err := Load("agent.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, g := range p.Grants() {
+		if _, ok := c.Issuers[g.Issuer]; !ok {
+			t.Errorf("%s: issuer %s is not in agent.yaml", g.Rule, g.Issuer)
+		}
+	}
+}
+
+func TestDefaults(t *testing.T) {
+	t.Parallel()
+	c, err := Parse([]byte("version: 1\npolicy: p.yaml\nproviders: {spool: {type: local}, other: }\n"), "/etc/mayfly/agent.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := Default(DefaultState)
+	if c.State != d.State || c.Slots != 1 || c.Drain != 0 || c.Log != d.Log || c.Runtimes["native"].Type != "native" {
+		t.Errorf("Parse: got %+v, want the defaults", c)
+	}
+	if c.Policy != "/etc/mayfly/p.yaml" {
+		t.Errorf("Policy: got %s, want it relative to the file", c.Policy)
+	}
+	if c.Providers["spool"].Type != "local" || c.Providers["other"].Type != "other" {
+		t.Errorf("Providers: got %+v", c.Providers)
+	}
+	if got := c.Providers["spool"].Path("x"); got != "/etc/mayfly/x" {
+		t.Errorf("Section.Path: got %s", got)
+	}
+	if err := d.Validate(); err != nil {
+		t.Errorf("Default: %v", err)
+	}
+}
+
+func TestProblems(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ src, want string }{
+		{"", "agent.yaml:1: file is empty"},
+		{"version: 2\nnew: key", "agent.yaml:1:10: version 2 is not supported: this agent reads version: 1"},
+		{"polcy: x", `agent.yaml:1:1: unknown key "polcy" (known: version, state, slots, policy, drain, providers, sandbox, issuers, gateway, log)
+agent.yaml:1:1: key "version" is missing
+agent.yaml:1:1: key "policy" is missing
+agent.yaml:1:1: key "providers" is missing`},
+		{`version: 1
+policy: ""
+state: ""
+slots: 0
+drain: 0s
+providers: {}
+log: {level: loud, format: xml}`, `agent.yaml:2:9: name of the policy file is empty
+agent.yaml:3:8: name of the state directory is empty
+agent.yaml:4:8: 0 is out of range: 1 to 1024
+agent.yaml:5:8: 0s is out of range: write more than 0s, or remove the key to wait until the jobs end
+agent.yaml:6:12: no providers: the agent would have nobody to ask for jobs
+agent.yaml:7:14: unknown word "loud" (known: debug, info, warn, error)
+agent.yaml:7:28: unknown word "xml" (known: json, console)`},
+		{`version: 1
+policy: p.yaml
+providers: {Local: {}, b: text, c: {type: 5}}`, `agent.yaml:3:13: "Local" is not a name: write lower-case letters, digits and -
+agent.yaml:3:27: want a mapping
+agent.yaml:3:43: "5" is not a name: write lower-case letters, digits and -`},
+		{`version: 1
+policy: p.yaml
+providers:
+  a: {token: hunter2, nested: [{db_password: hunter3}], url: "postgres://u:hunter4@db/x"}
+  b: {password: 12345, token_file: fine, key: fine, secret: }`, `agent.yaml:4:14: secret in the configuration: put it into a file that only the agent can read, and name that as token_file
+agent.yaml:4:46: secret in the configuration: put it into a file that only the agent can read, and name that as db_password_file
+agent.yaml:4:62: password in a URL: put it into a file that only the agent can read, and name that with a key that ends in _file
+agent.yaml:5:17: secret in the configuration: put it into a file that only the agent can read, and name that as password_file`},
+	} {
+		_, err := Parse([]byte(c.src), "agent.yaml")
+		if err == nil || err.Error() != c.want {
+			t.Errorf("%q: got\n%v\nwant\n%s", c.src, err, c.want)
+		}
+	}
+	if _, err := Load(filepath.Join(t.TempDir(), "absent")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("Load: got %v, want ErrNotExist", err)
+	}
+}
+
+// A section is strict for its owner too, and says where it stands.
+func TestSectionErrors(t *testing.T) {
+	t.Parallel()
+	c, err := Parse([]byte(`version: 1
+policy: p.yaml
+providers:
+  local:
+    type: local
+    dirr: /x
+gateway:
+  naems: 3
+`), "agent.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var spool struct {
+		Dir string `yaml:"dir"`
+	}
+	err = c.Providers["local"].Decode(&spool)
+	if want := `agent.yaml:6:5: unknown key "dirr" (known: dir)`; err == nil || err.Error() != want {
+		t.Errorf("Decode: got %v, want %s", err, want)
+	}
+	if err := c.Gateway.Decode(&spool); err == nil || !strings.HasPrefix(err.Error(), "agent.yaml:8:3: unknown key") {
+		t.Errorf("Decode: got %v", err)
+	}
+	if err := c.Providers["local"].Errorf("dirr", "no such directory"); err.Error() != "agent.yaml:6:11: no such directory" {
+		t.Errorf("Errorf: got %v", err)
+	}
+}
+
+func TestValidate(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	put := func(name, text string, mode fs.FileMode) {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		if err := errors.Join(os.WriteFile(path, []byte(text), 0o600), os.Chmod(path, mode)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put("agent.yaml", `version: 1
+policy: policy.yaml
+providers:
+  a: {token_file: good}
+  b: {token_file: open}
+  c: {ca_file: open, password-file: absent}
+`, 0o640)
+	put("policy.yaml", "", 0o666)
+	put("good", "s", 0o640)
+	put("open", "s", 0o644)
+	c, err := Load(filepath.Join(dir, "agent.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = c.Validate()
+	file := filepath.Join(dir, "agent.yaml")
+	want := file + ":2:9: " + dir + "/policy.yaml: everybody on this machine can change it (mode 0666): chmod o-w it\n" +
+		file + ":5:19: " + dir + "/open: everybody on this machine can use it (mode 0644): chmod o= it, and replace the secret\n" +
+		file + ":6:37: stat " + dir + "/absent: no such file or directory"
+	if err == nil || err.Error() != want {
+		t.Errorf("Validate: got\n%v\nwant\n%s", err, want)
+	}
+}
+
+func TestReadSecret(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	path := filepath.Join(dir, "secret")
+	for _, c := range []struct {
+		text string
+		mode fs.FileMode
+		want string
+		err  string
+	}{
+		{"hunter2\n", 0o600, "hunter2", ""},
+		{"hunter2\r\n", 0o640, "hunter2", ""},
+		{"two\nlines\n\n", 0o600, "two\nlines\n", ""},
+		{"hunter2", 0o644, "", "chmod o= it"},
+		{"hunter2", 0o602, "", "chmod o= it"},
+		{"\n", 0o600, "", "file is empty"},
+		{strings.Repeat("hunter2", 10_000), 0o600, "", "larger than 65536 bytes"},
+	} {
+		if err := errors.Join(os.WriteFile(path, []byte(c.text), 0o600), os.Chmod(path, c.mode)); err != nil {
+			t.Fatal(err)
+		}
+		got, err := ReadSecret(path)
+		switch {
+		case c.err == "" && (err != nil || got.Reveal() != c.want):
+			t.Errorf("mode %o: got error %v, or another text", c.mode, err)
+		case c.err != "" && (err == nil || !strings.Contains(err.Error(), c.err) || !strings.Contains(err.Error(), path)):
+			t.Errorf("mode %o: got %v, want %s: %s", c.mode, err, path, c.err)
+		case err != nil && strings.Contains(err.Error(), "hunter2"):
+			t.Errorf("mode %o: the error shows the secret", c.mode)
+		}
+	}
+	fifo := filepath.Join(dir, "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ReadSecret(fifo); err == nil || !strings.Contains(err.Error(), "not a regular file") {
+		t.Errorf("fifo: got %v, want an error at once", err)
+	}
+	if _, err := ReadSecret(dir); err == nil {
+		t.Error("directory: got no error")
+	}
+}
