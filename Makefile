@@ -15,7 +15,8 @@ BUILD := CGO_ENABLED=0 go build -trimpath
 GUEST := sandbox/guest/bin/mayfly-guest-$(GOARCH)
 
 # Debian packages that the tests, the demo and the benchmark use.
-DEBIAN := ca-certificates curl e2fsprogs gcc git libc6-dev make nodejs postgresql python3 runc util-linux
+DEBIAN := bsdutils ca-certificates curl debconf e2fsprogs gcc git libc6-dev make nodejs \
+	openssl passwd postgresql python3 runc util-linux
 
 # Directories that hold crash tests.
 CRASH := $(addsuffix /...,$(wildcard ./test/crash ./runner))
