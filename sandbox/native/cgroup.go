@@ -123,12 +123,16 @@ type v2 struct{ parent string }
 func (h v2) dirs(name string) []string { return []string{filepath.Join(h.parent, name)} }
 
 func (h v2) make(name string, l sandbox.Limits) error {
-	return makeGroup(h.dirs(name)[0], []setting{
+	return makeGroup(h.dirs(name)[0], h.settings(l))
+}
+
+func (h v2) settings(l sandbox.Limits) []setting {
+	return []setting{
 		{file: "memory.max", value: strconv.FormatInt(l.Memory, 10)},
 		{file: "memory.swap.max", value: "0", optional: true},
 		{file: "pids.max", value: strconv.FormatInt(l.Pids, 10)},
 		{file: "cpu.max", value: fmt.Sprintf("%d %d", l.MilliCPU*period/1000, period)},
-	})
+	}
 }
 
 // spawn uses CLONE_INTO_CGROUP.

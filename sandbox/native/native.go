@@ -27,6 +27,8 @@ package native
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -57,8 +59,9 @@ type Config struct {
 	// defaults are 1<<30 and 1024.
 	FirstID uint32
 	Slots   int
-	// CgroupParent is the control group of all boxes, below the root of each
-	// hierarchy. The default is "mayfly".
+	// CgroupParent is the control group, below the root of each hierarchy, in
+	// which each state directory has one for its boxes. The default is
+	// "mayfly".
 	CgroupParent string
 	// Base lists further directories of the host that boxes see read-only at
 	// the same path, tool caches for instance. They must hold no secrets.
@@ -96,8 +99,9 @@ type Runtime struct {
 
 var _ sandbox.Runtime = (*Runtime)(nil)
 
-// defaults of Config.
 const (
+	// guestFD is above every descriptor that a guest is started with.
+	guestFD      = 16
 	defaultFirst = 1 << 30
 	defaultSlots = 1024
 )
@@ -134,6 +138,7 @@ func (c *Config) complete() error {
 	if !filepath.IsLocal(c.CgroupParent) || c.CgroupParent == "." {
 		return fmt.Errorf("native: cgroup parent %q leaves the hierarchy", c.CgroupParent)
 	}
+	c.StateDir = filepath.Clean(c.StateDir)
 	if c.Trace == nil {
 		c.Trace = func(string) {}
 	}
@@ -143,6 +148,13 @@ func (c *Config) complete() error {
 	}
 	c.Limits = fill(c.Limits, sandbox.Limits{Memory: 4 << 30, Pids: 4096, MilliCPU: 2000, Disk: disk, Inodes: 1 << 20})
 	return positive(c.Limits)
+}
+
+// groupParent keeps boxes of the same name in different state directories
+// apart: what has a box's name is killed and removed by Destroy.
+func (c *Config) groupParent() string {
+	sum := sha256.Sum256([]byte(c.StateDir))
+	return filepath.Join(c.CgroupParent, hex.EncodeToString(sum[:6]))
 }
 
 // fill replaces what is zero in l.
@@ -192,7 +204,7 @@ func New(cfg Config) (*Runtime, error) {
 		if err != nil {
 			return nil, fmt.Errorf("native: %w", err)
 		}
-		if r.groups, err = findHierarchy(info, cfg.CgroupParent); err != nil {
+		if r.groups, err = findHierarchy(info, cfg.groupParent()); err != nil {
 			return nil, fmt.Errorf("native: %w", err)
 		}
 	}
@@ -212,7 +224,12 @@ func sealed(b []byte) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := os.NewFile(uintptr(fd), "mayfly-guest")
+	// The child executes it by number after its own descriptors are in place.
+	high, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, guestFD)
+	if err := errors.Join(err, unix.Close(fd)); err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(high), "mayfly-guest")
 	_, err = f.Write(b)
 	if err == nil {
 		err = f.Chmod(0o555)

@@ -36,7 +36,7 @@ msgctl msgget msgrcv msgsnd semctl semget semop semtimedop shmat shmctl shmdt sh
 nanosleep open openat openat2 pause pidfd_open pidfd_send_signal pipe pipe2
 pkey_alloc pkey_free pkey_mprotect poll ppoll pselect6 select prctl prlimit64
 pread64 preadv preadv2 pwrite64 pwritev pwritev2 read readahead readv write writev
-recvfrom recvmmsg recvmsg sendfile sendmmsg sendmsg sendto restart_syscall riscv_flush_icache rseq
+recvfrom recvmmsg recvmsg sendfile sendmmsg sendmsg sendto restart_syscall rseq
 rmdir rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend
 rt_sigtimedwait rt_tgsigqueueinfo sched_getaffinity sched_getattr sched_getparam
 sched_get_priority_max sched_get_priority_min sched_getscheduler sched_rr_get_interval
