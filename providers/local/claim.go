@@ -20,10 +20,12 @@ type record struct {
 	Name      string    `json:"name"`
 	ID        string    `json:"id"`
 	ClaimedAt time.Time `json:"claimed_at"` // when the rename had been done
-	Job       Job       `json:"job"`
-	SHA       string    `json:"sha,omitempty"`
-	Source    string    `json:"workflow_source,omitempty"`
-	Bad       string    `json:"bad,omitempty"` // why the job cannot be run
+	// AnsweredAt is when the job had been read, so that Claim could answer.
+	AnsweredAt time.Time `json:"answered_at,omitzero"`
+	Job        Job       `json:"job"`
+	SHA        string    `json:"sha,omitempty"`
+	Source     string    `json:"workflow_source,omitempty"`
+	Bad        string    `json:"bad,omitempty"` // why the job cannot be run
 }
 
 // Claim takes the offer by a rename. Everything that is wrong with the job
@@ -86,6 +88,7 @@ func (p *Provider) read(ctx context.Context, name, id string, at time.Time) (rec
 	} else if err != nil {
 		return record{}, fmt.Errorf("job %s: %w", id, err)
 	}
+	rec.AnsweredAt = time.Now().UTC()
 	return p.record(rec)
 }
 
@@ -173,8 +176,11 @@ type Result struct {
 	ID   string `json:"id"`
 	Name string `json:"name"` // of the claim
 	providers.Result
-	SHA         string    `json:"sha,omitempty"`
+	SHA string `json:"sha,omitempty"`
+	// The spool's own clock: the job was taken; it had been read, and Claim
+	// answered; the report was written.
 	ClaimedAt   time.Time `json:"claimed_at"`
+	AnsweredAt  time.Time `json:"answered_at,omitzero"`
 	CompletedAt time.Time `json:"completed_at"`
 }
 
@@ -199,7 +205,7 @@ func (p *Provider) Complete(_ context.Context, name string, _ []byte, r provider
 		return p.discard(name, id)
 	}
 	draft, dir := path.Join(dirClaimed, name, "result"), path.Join(dirDone, id)
-	result := Result{ID: id, Name: name, Result: r, SHA: rec.SHA, ClaimedAt: rec.ClaimedAt, CompletedAt: time.Now().UTC()}
+	result := Result{ID: id, Name: name, Result: r, SHA: rec.SHA, ClaimedAt: rec.ClaimedAt, AnsweredAt: rec.AnsweredAt, CompletedAt: time.Now().UTC()}
 	if err := p.write(draft, result, true); err != nil {
 		return err
 	}

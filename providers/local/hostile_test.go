@@ -43,6 +43,11 @@ func TestBadJobFiles(t *testing.T) {
 	repo, sha := repository(t, flow("echo x"))
 	p := open(t, Config{Dir: t.TempDir()})
 	good := fmt.Sprintf(`{"repository":%q,"sha":%q,"workflow":%q`, repo, sha, ciFile)
+	outside := filepath.Join(t.TempDir(), "out.yml")
+	write(t, outside, flow("echo outside"))
+	if err := errors.Join(os.Symlink(outside, filepath.Join(repo, "out.yml")), syscall.Mkfifo(filepath.Join(repo, "fifo"), 0o644)); err != nil {
+		t.Fatal(err)
+	}
 	for id, c := range map[string]struct{ text, want string }{
 		"empty":     {"", "byte 0 of 0"},
 		"truncated": {good, "unexpected EOF"},
@@ -73,16 +78,6 @@ func TestBadJobFiles(t *testing.T) {
 		"wtlink":    {fmt.Sprintf(`{"repository":%q,"worktree":true,"workflow":"out.yml"}`, repo), "escapes"},
 		"wtfifo":    {fmt.Sprintf(`{"repository":%q,"worktree":true,"workflow":"fifo"}`, repo), "not a regular file"},
 	} {
-		if id == "wtlink" {
-			outside := filepath.Join(t.TempDir(), "out.yml")
-			write(t, outside, flow("echo outside"))
-			if err := errors.Join(os.Symlink(outside, filepath.Join(repo, "out.yml")), syscall.Mkfifo(filepath.Join(repo, "fifo"), 0o644)); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if id == "wtfifo" {
-			_ = syscall.Mkfifo(filepath.Join(repo, "fifo"), 0o644) // it may be there already
-		}
 		write(t, filepath.Join(p.config.Dir, dirNew, id+extension), c.text)
 		refused(t, p, id, c.want)
 	}

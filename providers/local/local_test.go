@@ -200,8 +200,8 @@ func TestResult(t *testing.T) {
 	if r.ID != id || r.Name != "c" || r.SHA != sha || r.Conclusion != want.Conclusion || r.Reason != "r" || r.Outputs["o"] != "v" {
 		t.Errorf("result = %+v, want %+v of %s claimed as c", r, want, id)
 	}
-	if r.ClaimedAt.Before(before) || r.CompletedAt.Before(r.ClaimedAt) {
-		t.Errorf("claimed at %v and completed at %v, want both after %v in that order", r.ClaimedAt, r.CompletedAt, before)
+	if r.ClaimedAt.Before(before) || r.AnsweredAt.Before(r.ClaimedAt) || r.CompletedAt.Before(r.AnsweredAt) {
+		t.Errorf("claimed at %v, answered at %v, completed at %v; want them after %v in that order", r.ClaimedAt, r.AnsweredAt, r.CompletedAt, before)
 	}
 	for _, part := range []string{dirNew, dirClaimed, dirCancel} {
 		if left, err := os.ReadDir(filepath.Join(dir, part)); err != nil || len(left) > 0 {
@@ -243,6 +243,11 @@ func TestOldestFirst(t *testing.T) {
 	}
 	if got != "bac" {
 		t.Errorf("offers in the order %q, want the oldest first: bac", got)
+	}
+	soon, stop := context.WithTimeout(t.Context(), rescan/10)
+	defer stop()
+	if o, err := p.Poll(soon); err == nil {
+		t.Errorf("offered again at once: %+v; want an agent to have time to claim it", o)
 	}
 	// None was claimed: after a second they are on offer again, and only they.
 	ctx, cancel := context.WithTimeout(t.Context(), 5*rescan)

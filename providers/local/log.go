@@ -30,9 +30,13 @@ type jobLog struct {
 	steps    []stepState
 }
 
-// Log opens done/ID/log to be appended to. The claim must stand.
+// Log opens done/ID/log to be appended to. Without a standing claim, or with
+// one that was cut short before its record, it returns ErrGone.
 func (p *Provider) Log(_ context.Context, name string, _ []byte) (providers.Log, error) {
 	id, err := p.find(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("log of %s: %w", name, providers.ErrGone)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -41,7 +45,7 @@ func (p *Provider) Log(_ context.Context, name string, _ []byte) (providers.Log,
 		return nil, err
 	}
 	if rec.Name != name {
-		return nil, fmt.Errorf("log of %s: the claim has no record", name)
+		return nil, fmt.Errorf("log of %s: the claim has no record: %w", name, providers.ErrGone)
 	}
 	l := &jobLog{p: p, name: name, id: id}
 	l.steps, err = readSteps(p.root, id)

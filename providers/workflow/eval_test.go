@@ -89,6 +89,7 @@ func TestOperators(t *testing.T) {
 		// precedence, and all from the left
 		"1 < 2 == true":            true,
 		"true == 1 < 2":            true,
+		"true == 2 > 1":            true,
 		"3 > 2 > 1":                false,
 		"1 == 1 == 1":              true,
 		"5 == 5 == 5":              false,
@@ -211,6 +212,7 @@ func TestEvaluationIsBounded(t *testing.T) {
 	for _, in := range []string{
 		strings.Repeat("${{ env.big }}", 11),
 		"${{ format('" + strings.Repeat("{0}", 11) + "', env.big) }}",
+		"${{ format('" + strings.Repeat("{0}", 11) + "', env.big) == '' }}", // made, though not printed
 		"${{ toJSON(vars) }}",
 		"${{ inputs.*.*.* }}",
 		strings.Repeat("${{ contains(inputs, 'absent') }}", 100),
