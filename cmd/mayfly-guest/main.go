@@ -57,6 +57,6 @@ func usage() int {
 
 // fail prints what is wrong. If that cannot be printed there is nobody to read it.
 func fail(text string, status int) int {
-	_, _ = os.Stderr.WriteString(text) //nolint:errcheck // see above
+	_, _ = os.Stderr.WriteString(text)
 	return status
 }

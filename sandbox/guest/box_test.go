@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -236,9 +235,4 @@ func eventually(t testing.TB, what string, ok func() bool) {
 			t.Fatalf("%s: not within 10 s", what)
 		}
 	}
-}
-
-// lines splits the output of a script.
-func lines(s string) []string {
-	return strings.Split(strings.TrimSpace(s), "\n")
 }

@@ -176,7 +176,7 @@ func (c *Client) die(reason error) error {
 // kill is die for a guest that has failed us: why is what matters then, and
 // nobody is left to tell that its stream did not close well.
 func (c *Client) kill(reason error) {
-	_ = c.die(reason) //nolint:errcheck // see above
+	_ = c.die(reason)
 }
 
 // read takes frames from the guest until it is dead. It never waits for

@@ -171,7 +171,7 @@ func TestFewCapabilities(t *testing.T) {
 	}
 	p := sh("trap '' INT TERM; setsid sleep 1000 & echo; while :; do sleep 0.1; done")
 	p.Grace = 10 * time.Millisecond
-	if exit, _, _ := b.cancelWhen(t, p); exit.Signal != 9 {
+	if exit, _ := b.cancelWhen(t, p); exit.Signal != 9 {
 		t.Errorf("stop: got %+v, want signal 9", exit)
 	}
 	eventually(t, "nothing is left", func() bool { return len(b.inBox()) == 0 })

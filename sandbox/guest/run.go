@@ -246,6 +246,5 @@ func (f *follower) output(t wire.Type, p []byte) {
 
 // tell sends a number. If that fails the client is dead, which follow sees.
 func (f *follower) tell(t wire.Type, n int) {
-	//nolint:errcheck,gosec // see above; grace and window are far below 4 GiB
-	f.client.send(wire.AppendUint32(nil, t, uint32(n)))
+	_ = f.client.send(wire.AppendUint32(nil, t, uint32(n)))
 }

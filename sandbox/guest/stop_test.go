@@ -51,7 +51,7 @@ func (b *box) stepAlive() ([]string, bool) {
 }
 
 // cancelWhen runs p and cancels it at its first output.
-func (b *box) cancelWhen(t *testing.T, p sandbox.Process) (sandbox.Exit, error, time.Duration) {
+func (b *box) cancelWhen(t *testing.T, p sandbox.Process) (sandbox.Exit, time.Duration) {
 	t.Helper()
 	cause := errors.New("the job was canceled")
 	ctx, cancel := context.WithCancelCause(t.Context())
@@ -72,7 +72,7 @@ func (b *box) cancelWhen(t *testing.T, p sandbox.Process) (sandbox.Exit, error, 
 	if !errors.Is(err, cause) {
 		t.Errorf("error: got %v, want the cause of the cancellation", err)
 	}
-	return exit, err, time.Since(canceled)
+	return exit, time.Since(canceled)
 }
 
 func TestStopEscalates(t *testing.T) {
@@ -95,7 +95,7 @@ func TestStopEscalates(t *testing.T) {
 			var out recorder
 			p := sh(c.script, &out, &recorder{}) // the shell's own remarks are on stderr
 			p.Grace = grace
-			exit, _, took := b.cancelWhen(t, p)
+			exit, took := b.cancelWhen(t, p)
 			if exit != c.want || out.String() != c.output {
 				t.Errorf("got %+v and %q, want %+v and %q", exit, out.String(), c.want, c.output)
 			}
@@ -118,7 +118,7 @@ func TestStopTakesTheWholeFamily(t *testing.T) {
 		(setsid sh -c 'while :; do sleep 0.01 & wait; done') &
 		echo; wait; wait; while :; do sleep 0.1; done`)
 	p.Grace = 50 * time.Millisecond
-	exit, _, _ := b.cancelWhen(t, p)
+	exit, _ := b.cancelWhen(t, p)
 	if exit.Signal != int(syscall.SIGKILL) {
 		t.Errorf("got %+v, want signal 9", exit)
 	}
@@ -137,7 +137,7 @@ func TestStopTakesWhatAnObedientProcessLeaves(t *testing.T) {
 	b := newBox(t, "")
 	p := sh(`setsid sleep 1001 & sleep 1002 & trap 'exit 0' INT; echo; while :; do sleep 0.01; done`)
 	p.Grace = time.Minute
-	if exit, _, took := b.cancelWhen(t, p); exit.Code != 0 || took > 10*time.Second {
+	if exit, took := b.cancelWhen(t, p); exit.Code != 0 || took > 10*time.Second {
 		t.Errorf("got %+v after %v, want status 0 at once", exit, took)
 	}
 	eventually(t, "nothing is left", func() bool { return len(b.inBox()) == 0 })
@@ -149,7 +149,7 @@ func TestStopDuringOutput(t *testing.T) {
 	p := sh("trap '' INT; exec cat /dev/zero")
 	p.Grace = 20 * time.Millisecond
 	for range 5 {
-		if exit, _, _ := b.cancelWhen(t, p); exit.Signal == 0 {
+		if exit, _ := b.cancelWhen(t, p); exit.Signal == 0 {
 			t.Errorf("got %+v, want a signal", exit)
 		}
 	}

@@ -251,7 +251,7 @@ func (c *Client) get(ctx context.Context, name string, x *transfer) error {
 		return err
 	}
 	defer c.end()
-	if err := c.send(wire.AppendGet(nil, name, uint64(x.most))); err != nil { //nolint:gosec // checked by Get
+	if err := c.send(wire.AppendGet(nil, name, uint64(x.most))); err != nil {
 		return err
 	}
 	return c.await(ctx, x, nil)

@@ -39,7 +39,7 @@ func (f *family) signal(s unix.Signal) {
 	defer f.children.mu.Unlock()
 	f.look()
 	if f.children.pid == f.leader { // else it has ended, and the id may be another's
-		_ = unix.Kill(-f.leader, s) //nolint:errcheck // a group that has gone needs no signal
+		_ = unix.Kill(-f.leader, s) // a group that has gone needs no signal
 	}
 }
 
@@ -55,7 +55,7 @@ func (f *family) kill() {
 		for pid := range f.members {
 			if !stopped[pid] {
 				stopped[pid], found = true, true
-				_ = unix.Kill(pid, unix.SIGSTOP) //nolint:errcheck // it has gone
+				_ = unix.Kill(pid, unix.SIGSTOP) // it has gone
 			}
 		}
 		if !found {
@@ -63,10 +63,10 @@ func (f *family) kill() {
 		}
 	}
 	for pid := range f.members {
-		_ = unix.Kill(pid, unix.SIGKILL) //nolint:errcheck // it has gone
+		_ = unix.Kill(pid, unix.SIGKILL) // it has gone
 	}
 	if f.children.pid == f.leader {
-		_ = unix.Kill(-f.leader, unix.SIGKILL) //nolint:errcheck // the same
+		_ = unix.Kill(-f.leader, unix.SIGKILL) // the same
 	}
 }
 
@@ -100,7 +100,7 @@ func processes() []process {
 	if err != nil {
 		return nil
 	}
-	defer dir.Close() //nolint:errcheck // only read from
+	defer dir.Close() // only read from
 	names, err := dir.Readdirnames(-1)
 	if err != nil {
 		return nil

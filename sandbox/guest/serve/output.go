@@ -43,7 +43,7 @@ func newPipe() (p *pipe, writer int, err error) {
 		closeFD(fds[1])
 		return nil, 0, os.NewSyscallError("pipe", err)
 	}
-	p = &pipe{file: os.NewFile(uintptr(fds[0]), "output")} //nolint:gosec // descriptors are small
+	p = &pipe{file: os.NewFile(uintptr(fds[0]), "output")}
 	if p.raw, err = p.file.SyscallConn(); err != nil {
 		p.close()
 		closeFD(fds[1])
@@ -59,27 +59,27 @@ func (p *pipe) drain() {
 
 func (p *pipe) setDeadline(t time.Time) {
 	// It can only fail on a closed pipe, which is at its end in any case.
-	_ = p.file.SetReadDeadline(t) //nolint:errcheck // see above
+	_ = p.file.SetReadDeadline(t)
 }
 
 func (p *pipe) close() {
-	_ = p.file.Close() //nolint:errcheck // only read from, or closed already
+	_ = p.file.Close() // only read from, or closed already
 }
 
 // waiting returns how many bytes are in the pipe.
 func (p *pipe) waiting() (n int) {
-	//nolint:errcheck // a closed pipe holds nothing
+	// A closed pipe holds nothing.
 	_ = p.raw.Control(func(fd uintptr) {
-		n, _ = unix.IoctlGetInt(int(fd), unix.TIOCINQ) //nolint:errcheck,gosec // neither does one that cannot be asked
+		n, _ = unix.IoctlGetInt(int(fd), unix.TIOCINQ) // neither does one that cannot be asked
 	})
 	return n
 }
 
 // readNow is a read that does not wait; 0 is nothing there, or the end.
 func (p *pipe) readNow(b []byte) (n int) {
-	//nolint:errcheck // a closed pipe holds nothing
+	// A closed pipe holds nothing.
 	_ = p.raw.Read(func(fd uintptr) bool {
-		n, _ = unix.Read(int(fd), b) //nolint:errcheck,gosec // EAGAIN and the like: nothing there
+		n, _ = unix.Read(int(fd), b) // EAGAIN and the like: nothing there
 		return true
 	})
 	return max(n, 0)
@@ -205,5 +205,5 @@ func (l *tails) closeAll() {
 }
 
 func closeFD(fd int) {
-	_ = unix.Close(fd) //nolint:errcheck // the writing end of a pipe, or one never used
+	_ = unix.Close(fd) // the writing end of a pipe, or one never used
 }

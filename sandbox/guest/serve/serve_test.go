@@ -179,8 +179,10 @@ func FuzzServe(f *testing.F) {
 	var archive bytes.Buffer
 	w := tar.NewWriter(&archive)
 	for _, h := range []tar.Header{
-		{Name: "a/b", Typeflag: tar.TypeDir, Mode: 0o755}, {Name: "a/l", Typeflag: tar.TypeSymlink, Linkname: "../x"},
-		{Name: "../canary", Typeflag: tar.TypeReg}, {Name: "a/h", Typeflag: tar.TypeLink, Linkname: "a/b"},
+		{Name: "a/b", Typeflag: tar.TypeDir, Mode: 0o755},
+		{Name: "a/l", Typeflag: tar.TypeSymlink, Linkname: "../x"},
+		{Name: "../canary", Typeflag: tar.TypeReg},
+		{Name: "a/h", Typeflag: tar.TypeLink, Linkname: "a/b"},
 	} {
 		if err := w.WriteHeader(&h); err != nil {
 			f.Fatal(err)

@@ -82,9 +82,9 @@ func (s *starter) openScore() error {
 }
 
 func (s *starter) close() {
-	_ = s.null.Close() //nolint:errcheck // nothing was written
+	_ = s.null.Close() // nothing was written
 	if s.score != nil {
-		_ = s.score.Close() //nolint:errcheck // every write has had its answer
+		_ = s.score.Close() // every write has had its answer
 	}
 }
 
@@ -118,17 +118,16 @@ func (s *starter) start(c wire.Command, stdout, stderr int) (int, error) {
 	pid, err := syscall.ForkExec(program, c.Args, &syscall.ProcAttr{
 		Dir:   c.Dir,
 		Env:   c.Env,
-		Files: []uintptr{s.null.Fd(), uintptr(stdout), uintptr(stderr)}, //nolint:gosec // descriptors are small
+		Files: []uintptr{s.null.Fd(), uintptr(stdout), uintptr(stderr)},
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	})
-	lowerErr := s.lower()
-	if err != nil {
-		return 0, &startError{statusOf(err), fmt.Errorf("%s: %w", program, err)}
-	}
 	// It was possible when the guest began and nobody can have forbidden it
 	// since; if it fails all the same, the step runs and only the order in
 	// which the kernel would kill is lost.
-	_ = lowerErr //nolint:errcheck // see above
+	_ = s.lower()
+	if err != nil {
+		return 0, &startError{statusOf(err), fmt.Errorf("%s: %w", program, err)}
+	}
 	return pid, nil
 }
 

@@ -76,7 +76,7 @@ func move(fd int) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := syscall.Dup3(int(null.Fd()), fd, 0); err != nil { //nolint:gosec // descriptors are small
+	if err := syscall.Dup3(int(null.Fd()), fd, 0); err != nil {
 		return nil, os.NewSyscallError("stream", err)
 	}
 	if err := null.Close(); err != nil {

@@ -83,7 +83,7 @@ func (g *guest) get(x *transfer, name string, most uint64) {
 		return
 	}
 	// One byte more than the file has, so that its end shows in one read.
-	b := make([]byte, wire.HeaderSize+int(min(size+1, wire.MaxData))) //nolint:gosec // at most MaxData
+	b := make([]byte, wire.HeaderSize+int(min(size+1, wire.MaxData))) // at most MaxData
 	for sent := uint64(0); ; {
 		select {
 		case <-x.stopped:
@@ -92,7 +92,7 @@ func (g *guest) get(x *transfer, name string, most uint64) {
 		default:
 		}
 		n, err := io.ReadFull(f, b[wire.HeaderSize:])
-		sent += uint64(n) //nolint:gosec // never negative
+		sent += uint64(n)
 		last := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 		switch {
 		case err != nil && !last:
@@ -119,7 +119,7 @@ func (d descriptor) Read(b []byte) (int, error) {
 	for {
 		n, err := unix.Read(int(d), b)
 		switch {
-		case err == unix.EINTR: //nolint:errorlint // a system call returns a plain number
+		case err == unix.EINTR:
 			continue
 		case err != nil:
 			return 0, os.NewSyscallError("read", err)
@@ -169,7 +169,7 @@ func openRegular(root, name string) (d descriptor, size uint64, err error) {
 		closeFD(fd)
 		return 0, 0, errors.Join(err, refusal("not a regular file"))
 	}
-	return descriptor(fd), uint64(info.Size), nil //nolint:gosec // the size of a regular file is not negative
+	return descriptor(fd), uint64(info.Size), nil // the size of a regular file is not negative
 }
 
 // why turns the error of opening one part of a path into a refusal if that part

@@ -63,7 +63,7 @@ func (in *incoming) Read(b []byte) (int, error) {
 		in.batch = x.inbox.Take(in.batch)
 		in.rest = in.batch
 		switch {
-		case end != nil && (end != io.EOF || len(in.rest) == 0): //nolint:errorlint // ours, never wrapped
+		case end != nil && (end != io.EOF || len(in.rest) == 0): // ours, never wrapped
 			return 0, end
 		case len(in.rest) == 0:
 			select {
@@ -79,7 +79,7 @@ func (in *incoming) Read(b []byte) (int, error) {
 
 func (in *incoming) pay(n int) {
 	if in.unpaid += n; in.unpaid >= wire.GrantAt {
-		in.guest.say(wire.AppendUint32(nil, wire.Grant, uint32(in.unpaid))) //nolint:gosec // at most a window
+		in.guest.say(wire.AppendUint32(nil, wire.Grant, uint32(in.unpaid))) // at most a window
 		in.unpaid = 0
 	}
 }
@@ -141,7 +141,7 @@ func unpack(root *os.Root, in io.Reader, scratch []byte) error {
 	archive := tar.NewReader(in)
 	for {
 		header, err := archive.Next()
-		if err == io.EOF { //nolint:errorlint // documented as such
+		if err == io.EOF {
 			break
 		}
 		if err != nil {
@@ -171,7 +171,7 @@ func (u *unpacker) entry(h *tar.Header, content io.Reader) error {
 	if h.Name == "" || !filepath.IsLocal(name) {
 		return refusal("leaves the directory")
 	}
-	mode := fs.FileMode(h.Mode) & fs.ModePerm //nolint:gosec // only nine bits are used
+	mode := fs.FileMode(h.Mode) & fs.ModePerm
 	if name == "." && h.Typeflag != tar.TypeDir {
 		return refusal("is the directory itself")
 	}

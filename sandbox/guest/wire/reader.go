@@ -43,7 +43,7 @@ func (r *Reader) Next() (Type, []byte, error) {
 	if most < 0 {
 		return 0, nil, fmt.Errorf("%w: unknown type %d", ErrFrame, t)
 	}
-	if n > uint32(most) { //nolint:gosec // limits are small constants
+	if n > uint32(most) {
 		return 0, nil, fmt.Errorf("%w: %d bytes in a frame of type %d", ErrFrame, n, t)
 	}
 	size := HeaderSize + int(n)

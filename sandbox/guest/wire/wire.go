@@ -168,13 +168,13 @@ type Command struct {
 
 // AppendHeader appends the header of a frame with n bytes of payload.
 func AppendHeader(b []byte, t Type, n int) []byte {
-	return binary.BigEndian.AppendUint32(append(b, byte(t)), uint32(n)) //nolint:gosec // every payload is bounded far below
+	return binary.BigEndian.AppendUint32(append(b, byte(t)), uint32(n))
 }
 
 // PutHeader writes the header of a frame with n bytes of payload to the front of b.
 func PutHeader(b []byte, t Type, n int) {
 	b[0] = byte(t)
-	binary.BigEndian.PutUint32(b[1:], uint32(n)) //nolint:gosec // every payload is bounded far below
+	binary.BigEndian.PutUint32(b[1:], uint32(n))
 }
 
 // AppendFrame appends a whole frame.
@@ -220,7 +220,7 @@ func AppendStart(b []byte, c Command) []byte {
 	at := len(b)
 	b = AppendHeader(b, Start, 0)
 	b = appendString(b, c.Dir)
-	b = binary.BigEndian.AppendUint32(b, uint32(len(c.Args))) //nolint:gosec // a slice that large would not fit in memory
+	b = binary.BigEndian.AppendUint32(b, uint32(len(c.Args)))
 	for _, s := range c.Args {
 		b = appendString(b, s)
 	}
@@ -232,7 +232,7 @@ func AppendStart(b []byte, c Command) []byte {
 }
 
 func appendString(b []byte, s string) []byte {
-	return append(binary.BigEndian.AppendUint32(b, uint32(len(s))), s...) //nolint:gosec // checked against MaxStart by the caller
+	return append(binary.BigEndian.AppendUint32(b, uint32(len(s))), s...) // checked against MaxStart by the caller
 }
 
 // ParseStart reads the payload of a Start.
@@ -328,10 +328,10 @@ func ParseStamp(p []byte) (nanos int64, output []byte, err error) {
 	if len(p) < StampSize {
 		return 0, nil, ErrFrame
 	}
-	return int64(binary.BigEndian.Uint64(p)), p[StampSize:], nil //nolint:gosec // any bit pattern is a time
+	return int64(binary.BigEndian.Uint64(p)), p[StampSize:], nil
 }
 
 // PutStamp writes the time to the front of b.
 func PutStamp(b []byte, nanos int64) {
-	binary.BigEndian.PutUint64(b, uint64(nanos)) //nolint:gosec // any bit pattern is a time
+	binary.BigEndian.PutUint64(b, uint64(nanos))
 }
