@@ -52,6 +52,9 @@ func TestTornLine(t *testing.T) {
 	whole := content(t, record(t, 3), month)
 	last := bytes.LastIndexByte(whole[:len(whole)-1], '\n') + 1
 	for cut := last + 1; cut < len(whole); cut++ {
+		if cut > last+10 && cut < len(whole)-90 && cut%8 != 0 {
+			continue // every place matters at both ends, some in the middle
+		}
 		dir := t.TempDir()
 		write(t, dir, month, whole[:cut])
 		if s := verify(t, dir); s.Events != 2 || s.Torn != cut-last {
@@ -132,8 +135,9 @@ func TestTwoWriters(t *testing.T) {
 	write(t, dir, "2026-12.jsonl", append(last, `{"seq":102,"prev"`...))
 	add(t, a, audit.Event{Time: at(1), Action: "test.event"})
 	add(t, b, audit.Event{Time: at(1), Action: "test.event"})
-	if s := verify(t, dir); s.Repairs != 1 || s.Events != 104 {
-		t.Errorf("Verify: got %+v, want 104 events, one of them the repair", s)
+	add(t, a, audit.Event{Time: at(1), Action: "test.event"})
+	if s := verify(t, dir); s.Repairs != 1 || s.Events != 105 {
+		t.Errorf("Verify: got %+v, want 105 events, one of them the repair", s)
 	}
 }
 

@@ -150,9 +150,6 @@ func (f *File) Append(ctx context.Context, e Event) error {
 }
 
 func (f *File) append(ctx context.Context, e Event) (seq uint64, err error) {
-	if err := ctx.Err(); err != nil {
-		return 0, err
-	}
 	select {
 	case f.turn <- struct{}{}:
 		defer func() { <-f.turn }()
@@ -178,10 +175,10 @@ func (f *File) append(ctx context.Context, e Event) (seq uint64, err error) {
 	if err := f.catchUp(); err != nil {
 		return 0, err
 	}
-	if err := f.turnPage(e.Time); err != nil {
+	if err := ctx.Err(); err != nil { // last chance: from here on it is written
 		return 0, err
 	}
-	if err := ctx.Err(); err != nil {
+	if err := f.turnPage(e.Time); err != nil {
 		return 0, err
 	}
 	if err := f.write(nil, e); err != nil {

@@ -242,11 +242,22 @@ func TestGlob(t *testing.T) {
 	}
 }
 
-// Forty stars over a long text take exponential time in a naive matcher.
+// Parse lets neither of these through; if it did, they must not match.
+func TestEmptyListsMatchNothing(t *testing.T) {
+	t.Parallel()
+	if (oneOf{}).match("") || tiers(nil).match("") || (tiers{}).match("") {
+		t.Error("empty list: got a match, want none")
+	}
+	if !oneOf(nil).match("anything") {
+		t.Error("absent key: got no match, want one")
+	}
+}
+
+// A hundred stars over a long text take exponential time in a naive matcher.
 func TestGlobIsBounded(t *testing.T) {
 	t.Parallel()
 	start := time.Now()
-	if glob(strings.Repeat("a*", 100)+"b").match(strings.Repeat("a", 10_000)) {
+	if glob(strings.Repeat("a*", 100) + "b").match(strings.Repeat("a", 10_000)) {
 		t.Error("glob: got a match, want none")
 	}
 	if d := time.Since(start); d > 5*time.Second {
