@@ -11,6 +11,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
 	"github.com/mayfly-ci/mayfly/sandbox/native/boxinit"
@@ -61,6 +62,32 @@ func baseEtc(dir string) (string, error) {
 		return "", fmt.Errorf("base /etc: %w", err)
 	}
 	return p, nil
+}
+
+// baseAge is how long what boxes are built from is kept after it was made. It
+// is longer than any job, since a box still reads the /etc that it began with;
+// what is needed after all is made again.
+const baseAge = 7 * 24 * time.Hour
+
+// prune removes what is old from dir, current excepted, and what a crash has
+// left half made.
+func prune(dir, current string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("base: %w", err)
+	}
+	var all error
+	for _, e := range entries {
+		p := filepath.Join(dir, e.Name())
+		st, err := e.Info()
+		if err != nil || p == current || time.Since(st.ModTime()) < baseAge {
+			continue // current, young, or gone since
+		}
+		if err := os.RemoveAll(p); err != nil {
+			all = errors.Join(all, fmt.Errorf("base: %w", err))
+		}
+	}
+	return all
 }
 
 // walk calls f for everything of the host's /etc that is carried.

@@ -85,6 +85,9 @@ func (r *Runtime) base(ctx context.Context, l sandbox.Limits) (base, error) {
 			return base{}, err
 		}
 		r.etc, r.etcSeen = etc, time.Now()
+		if err := prune(dir, etc); err != nil {
+			return base{}, err
+		}
 	}
 	if r.cfg.Unprivileged {
 		return base{etc: r.etc}, nil
@@ -159,7 +162,7 @@ func (r *Runtime) plan(s sandbox.Spec, etc string) (*boxinit.Setup, []boxinit.La
 		Filter: r.filter,
 	}
 	if r.cfg.Unprivileged {
-		setup.DiskBytes, setup.DiskInodes = uint64(s.Limits.Disk), uint64(s.Limits.Inodes)
+		setup.DiskBytes, setup.DiskInodes = uint64(s.Limits.Disk), uint64(s.Limits.Inodes)+ownInodes
 		setup.Processes = uint64(s.Limits.Pids)
 	}
 	if !s.Expires.IsZero() {

@@ -27,9 +27,10 @@ const (
 	// a block of them per block group.
 	groupBytes  = 128 << 20
 	groupInodes = 16
-	// minDisk and minInodes leave room for the skeleton.
+	// minDisk leaves room for the skeleton, and ownInodes are what it and the
+	// file system have for themselves.
 	minDisk   = 8 << 20
-	minInodes = 512
+	ownInodes = 128
 	// shutdown is EXT4_IOC_SHUTDOWN, _IOR('X', 125, __u32), and noFlush is
 	// EXT4_GOING_FLAGS_NOLOGFLUSH (fs/ext4/ext4.h).
 	shutdown = 0x8004587D
@@ -46,13 +47,14 @@ type disk struct {
 }
 
 // template returns the path of a formatted file of that size, made on first
-// use. No more than the asked inodes exist.
+// use. No more than the asked inodes are free on it, and fewer by less than a
+// block of them for each group.
 func template(ctx context.Context, dir string, size, inodes int64) (string, error) {
 	groups := (size + groupBytes - 1) / groupBytes
-	per := inodes / groups / groupInodes * groupInodes
-	if size < minDisk || per*groups < minInodes {
+	per := (inodes + ownInodes) / groups / groupInodes * groupInodes
+	if size < minDisk || per*groups <= ownInodes {
 		return "", fmt.Errorf("disk of %d bytes and %d files: at least %d bytes and %d files: %w",
-			size, inodes, minDisk, max(minInodes, groups*groupInodes), sandbox.ErrUnsupported)
+			size, inodes, minDisk, (groups+1)*groupInodes, sandbox.ErrUnsupported)
 	}
 	name := fmt.Sprintf("disk-%s-%d-%d.ext4", version, size, inodes)
 	p := filepath.Join(dir, name)

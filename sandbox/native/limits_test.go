@@ -91,3 +91,17 @@ func TestDisk(t *testing.T) {
 		t.Errorf("3000 files in a box of 2048: got %q %+v, want ENOSPC", out, exit)
 	}
 }
+
+// A box may make as many files as was asked for, or a few less, never more.
+func TestInodes(t *testing.T) {
+	t.Parallel()
+	r := newRuntime(t, config(t))
+	for _, l := range []sandbox.Limits{{Disk: 16 << 20, Inodes: 50}, {Disk: 1 << 30, Inodes: 2000}} {
+		b := create(t, r, "box-"+strconv.FormatInt(l.Inodes, 10), sandbox.Spec{Limits: l})
+		out, _ := script(t, b, "cd /workspace; i=0; while printf '' > $i; do i=$((i+1)); done 2>/dev/null; ls | wc -l")
+		slack := groupInodes * (l.Disk/groupBytes + 1)
+		if n, err := strconv.ParseInt(strings.TrimSpace(out), 10, 64); err != nil || n > l.Inodes || n < l.Inodes-slack-8 {
+			t.Errorf("files made with %+v: got %q, want at most %d and at least %d", l, out, l.Inodes, l.Inodes-slack-8)
+		}
+	}
+}

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/elastic/go-seccomp-bpf/arch"
 	"golang.org/x/net/bpf"
@@ -260,5 +261,23 @@ func TestCgroupV1(t *testing.T) {
 	}
 	if _, err := findHierarchy([]byte("1 0 8:1 / / rw - ext4 /dev/a rw\n"), "mayfly"); !errors.Is(err, sandbox.ErrUnsupported) {
 		t.Errorf("no hierarchy: got %v, want ErrUnsupported", err)
+	}
+}
+
+func TestPrune(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	old := time.Now().Add(-baseAge - time.Hour)
+	for name, at := range map[string]time.Time{"etc-current": old, "etc-old": old, "disk-old": old, "etc-young": time.Now()} {
+		if err := errors.Join(os.Mkdir(filepath.Join(dir, name), 0o755), os.Chtimes(filepath.Join(dir, name), at, at)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := prune(dir, filepath.Join(dir, "etc-current")); err != nil {
+		t.Fatal(err)
+	}
+	left, err := filepath.Glob(dir + "/*")
+	if err != nil || len(left) != 2 {
+		t.Errorf("left: got %q, %v, want the current and the young one", left, err)
 	}
 }
