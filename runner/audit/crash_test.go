@@ -155,7 +155,7 @@ func writeForEver(dir, name string) error {
 		if err := f.Append(context.Background(), e); err != nil {
 			return err
 		}
-		if _, err := fmt.Println(i); err != nil {
+		if _, err := fmt.Fprintln(os.Stdout, i); err != nil {
 			return err
 		}
 	}
