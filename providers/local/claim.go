@@ -32,7 +32,7 @@ type record struct {
 // file, its repository or its workflow is ErrBadJob with the claim standing.
 func (p *Provider) Claim(ctx context.Context, name string, o providers.Offer) (providers.Job, error) {
 	id, err := p.find(name)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, providers.ErrGone) {
 		id, err = o.ID, p.rename(name, o.ID)
 	}
 	if err != nil {
@@ -188,7 +188,7 @@ type Result struct {
 // on disk when Complete returns.
 func (p *Provider) Complete(_ context.Context, name string, _ []byte, r providers.Result) error {
 	id, err := p.find(name)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, providers.ErrGone) {
 		return p.root.RemoveAll(path.Join(dirClaimed, name)) // cut short before its rename, or after its end
 	}
 	if err != nil {

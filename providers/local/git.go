@@ -197,7 +197,7 @@ func (b *batch) ask(command, object string) (id, kind string, size int64, err er
 	}
 	size, err = strconv.ParseInt(fields[2], 10, 64)
 	if err != nil {
-		return "", "", 0, nil //nolint:nilerr // "ID missing" and the like
+		return "", "", 0, fmt.Errorf("git: answer %q: %w", line, err)
 	}
 	return fields[0], fields[1], size, nil
 }

@@ -124,6 +124,9 @@ func TestClaimThatIsCutShort(t *testing.T) {
 	if !errors.Is(err, context.Canceled) || errors.Is(err, providers.ErrBadJob) || string(job.Ref) != id {
 		t.Errorf("Claim = %+v, %v; want the ctx's error and the ref", job, err)
 	}
+	if _, err := p.Log(t.Context(), "c", nil); !errors.Is(err, providers.ErrGone) {
+		t.Errorf("Log of a claim that was cut short = %v, want ErrGone", err)
+	}
 	if _, err := p.Claim(t.Context(), "c", providers.Offer{ID: id}); err != nil {
 		t.Errorf("Claim again = %v, want the job", err)
 	}

@@ -274,14 +274,14 @@ func (p *Provider) cancelled(name, id string) bool {
 	return err == nil
 }
 
-// find returns the id of the job that is claimed under name. The error is
-// fs.ErrNotExist if there is no such claim.
+// find returns the id of the job that is claimed under name, and ErrGone if
+// there is no such claim.
 func (p *Provider) find(name string) (string, error) {
 	if err := checkName(name); err != nil {
 		return "", err
 	}
 	entries, err := fs.ReadDir(p.root.FS(), path.Join(dirClaimed, name))
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return "", fmt.Errorf("claim %s: %w", name, err)
 	}
 	for _, e := range entries {
@@ -289,5 +289,5 @@ func (p *Provider) find(name string) (string, error) {
 			return id, nil
 		}
 	}
-	return "", fmt.Errorf("claim %s: %w", name, fs.ErrNotExist)
+	return "", fmt.Errorf("claim %s: %w", name, providers.ErrGone)
 }

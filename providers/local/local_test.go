@@ -279,8 +279,8 @@ func TestHeartbeat(t *testing.T) {
 			t.Errorf("heartbeat: %v, %v; want it to be now", info, err)
 		}
 	}
-	if err := p.Watch(t.Context(), "never-claimed", nil); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("Watch of no claim = %v, want fs.ErrNotExist", err)
+	if err := p.Watch(t.Context(), "never-claimed", nil); !errors.Is(err, providers.ErrGone) {
+		t.Errorf("Watch of no claim = %v, want ErrGone", err)
 	}
 }
 

@@ -229,8 +229,8 @@ func (f *Fake) Watch(ctx context.Context, name string, _ []byte) error {
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		var claimed order
-		if err := errors.Join(f.up(), checkName(name), read(f.path("claims", name), &claimed)); err != nil {
+		claimed, err := f.claim(name)
+		if err != nil {
 			return err
 		}
 		if f.cancelled(name, claimed.ID) {
@@ -242,6 +242,19 @@ func (f *Fake) Watch(ctx context.Context, name string, _ []byte) error {
 			return nil
 		}
 	}
+}
+
+// claim returns what is claimed under name, or ErrGone.
+func (f *Fake) claim(name string) (order, error) {
+	var claimed order
+	if err := errors.Join(f.up(), checkName(name)); err != nil {
+		return claimed, err
+	}
+	err := read(f.path("claims", name), &claimed)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("fake: claim %s: %w", name, providers.ErrGone)
+	}
+	return claimed, err
 }
 
 func (f *Fake) cancelled(name, id string) bool {
@@ -292,8 +305,8 @@ func (f *Fake) Complete(_ context.Context, name string, _ []byte, r providers.Re
 
 // Log implements providers.Logger.
 func (f *Fake) Log(_ context.Context, name string, _ []byte) (providers.Log, error) {
-	var claimed order
-	if err := errors.Join(f.up(), checkName(name), read(f.path("claims", name), &claimed)); err != nil {
+	claimed, err := f.claim(name)
+	if err != nil {
 		return nil, err
 	}
 	return &fakeLog{f: f, file: f.path("logs", claimed.ID)}, nil

@@ -110,6 +110,7 @@ func clauses() []clause {
 		{name: "the log goes on behind what was written", log: true, check: logReopened},
 		{name: "the log is with the service when close returns", log: true, check: logClosed},
 		{name: "the log closes after the job's ctx is done", log: true, check: logClosedLate},
+		{name: "the log of a name without a claim is gone", log: true, check: logGone},
 		{name: "the states of steps are shown", log: true, check: logSteps},
 	}
 }

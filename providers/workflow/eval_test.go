@@ -223,7 +223,7 @@ func TestEvaluationIsBounded(t *testing.T) {
 		if !errors.Is(err, ErrTooLarge) {
 			t.Errorf("Interpolate(%.40q) = %d bytes, %v; want ErrTooLarge", in, len(out), err)
 		}
-		if d := time.Since(start); d > 5*time.Second {
+		if d := time.Since(start); d > time.Minute {
 			t.Errorf("Interpolate(%.40q) took %v", in, d)
 		}
 	}

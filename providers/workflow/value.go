@@ -149,7 +149,10 @@ func parseNumber(s string) float64 {
 		if err != nil || strings.Contains(s, "_") {
 			return math.NaN()
 		}
-		return float64(int32(uint32(n))) //nolint:gosec // GitHub reads it as 32 bits with a sign
+		if n > math.MaxInt32 {
+			n -= 1 << 32 // GitHub reads 32 bits with a sign
+		}
+		return float64(n)
 	case strings.Trim(s, "+-.0123456789eE") != "":
 		return math.NaN()
 	}
