@@ -31,19 +31,25 @@ const nflogBuffer = 64 << 10
 func (b *box) watch(log *os.File) {
 	buf := make([]byte, nflogBuffer)
 	var next uint32
+	overrun := false // the kernel says that it dropped some, and the gap was not seen yet
 	for {
 		n, err := log.Read(buf)
 		switch {
 		case errors.Is(err, os.ErrClosed):
+			if overrun {
+				b.refused(egress.Line{Network: "other", Reason: "the last refused packets have no line: the job sent them faster than they could be written"})
+			}
 			return
 		case errors.Is(err, unix.ENOBUFS):
-			continue // the numbers tell what is missing
+			overrun = true
+			continue
 		case err != nil:
 			b.refused(egress.Line{Network: "other", Reason: "refused packets have no lines from now on: " + err.Error()})
 			return
 		}
 		for _, m := range nflogMessages(buf[:n]) {
 			if lost := m.seq - next; m.numbered && lost != 0 {
+				overrun = false
 				b.refused(egress.Line{Network: "other", Reason: fmt.Sprintf("%d refused packets have no line: the job sent them faster than they could be written", lost)})
 			}
 			if m.numbered {

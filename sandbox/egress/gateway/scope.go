@@ -221,6 +221,9 @@ func (b *box) leave(s *scope, c *session) {
 func (b *box) withdraw(s *scope) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if s.closed {
+		return nil
+	}
 	going := []*scope{s}
 	if s.root() {
 		going = slices.Clone(b.scopes)
