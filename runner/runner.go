@@ -65,7 +65,8 @@ type Config struct {
 	Audit     audit.Sink
 	Log       zerolog.Logger
 
-	Slots int // jobs at once; at least 1
+	Slots int           // jobs at once; at least 1
+	Drain time.Duration // how long the first signal waits for running jobs; 0 is until they end
 
 	ReleaseTimeout time.Duration // 0 is a minute
 	StuckAfter     time.Duration // 0 is two minutes
@@ -144,6 +145,15 @@ func (a *Agent) Run(drain, kill context.Context) error {
 
 	work, done := context.WithCancel(drain)
 	defer done()
+	kill, cancel := context.WithCancelCause(kill)
+	defer cancel(nil)
+	if a.cfg.Drain > 0 {
+		context.AfterFunc(drain, func() {
+			if pause(kill, a.cfg.Drain) {
+				cancel(ErrStopping)
+			}
+		})
+	}
 	wg.Go(func() { a.reapLoop(work) })
 	var left errorList
 	for name := range a.cfg.Providers {

@@ -1,0 +1,176 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/mayfly-ci/mayfly/configs"
+	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/providers"
+	"github.com/mayfly-ci/mayfly/runner"
+	"github.com/mayfly-ci/mayfly/runner/policy"
+)
+
+// runConfig reads a configuration and everything that it names, and touches
+// nothing: no backend is asked and no state is taken.
+func runConfig(c *call) error {
+	o, err := c.flags("config", nil)
+	if err != nil {
+		return err
+	}
+	if len(o.args) != 2 || o.args[0] != "check" {
+		return usageError("want: mayfly config check FILE")
+	}
+	cfg, err := configs.Load(o.args[1])
+	if err != nil {
+		return exitError{exitUsage, err}
+	}
+	rules, perr := readPolicy(cfg.Policy)
+	if err := errors.Join(cfg.Validate(), perr); err != nil {
+		return exitError{exitUsage, err}
+	}
+	if err := checkNames(cfg, rules); err != nil {
+		return exitError{exitUsage, err}
+	}
+	text := fmt.Sprintf("%s is good: %d slots, policy %s\n", o.args[1], cfg.Slots, rules.Digest())
+	return c.print(o, map[string]any{"file": o.args[1], "slots": cfg.Slots, "policy": rules.Digest()}, text)
+}
+
+// checkNames looks for names in the policy that the configuration does not
+// have, and lets every issuer judge the scopes that it would be asked for.
+func checkNames(cfg *configs.Config, rules *policy.Policy) error {
+	w := &wiring{config: cfg, state: &runner.State{Owner: "config-check"}}
+	defer w.close()
+	errs := []error{w.issuers()} // nothing is connected
+	for _, g := range rules.Grants() {
+		issuer, ok := w.agent.Issuers[g.Issuer]
+		if !ok {
+			errs = append(errs, fmt.Errorf("%s: lease %s: issuer %q is not in the configuration", g.Rule, g.Lease, g.Issuer))
+			continue
+		}
+		if checker, ok := issuer.(creds.ScopeChecker); ok {
+			if err := checker.CheckScope(g.Scope); err != nil {
+				errs = append(errs, fmt.Errorf("%s: lease %s: %w", g.Rule, g.Lease, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// jobFile is what "policy explain" reads: the facts that rules are about.
+type jobFile struct {
+	Provider   string          `json:"provider"`
+	Repository string          `json:"repository"`
+	Ref        string          `json:"ref"`
+	SHA        string          `json:"sha"`
+	Workflow   string          `json:"workflow"`
+	Event      string          `json:"event"`
+	Job        string          `json:"job"`
+	Actor      string          `json:"actor"`
+	Trust      providers.Trust `json:"trust"`
+	Steps      []string        `json:"steps"` // ids
+}
+
+func runPolicy(c *call) error {
+	var jobPath, policyPath string
+	o, err := c.flags("policy", func(fs *flag.FlagSet) {
+		fs.StringVar(&jobPath, "job", "", "JSON file with the facts of a job: provider, repository, ref, event, trust, …")
+		fs.StringVar(&policyPath, "policy", "", "policy file (default: the one of the configuration)")
+	})
+	if err != nil {
+		return err
+	}
+	if len(o.args) != 1 || o.args[0] != "explain" || jobPath == "" {
+		return usageError("want: mayfly policy explain --job FILE [--policy FILE]")
+	}
+	if policyPath == "" {
+		cfg, err := configs.Load(o.config)
+		if err != nil {
+			return exitError{exitUsage, err}
+		}
+		policyPath = cfg.Policy
+	}
+	rules, err := readPolicy(policyPath)
+	if err != nil {
+		return exitError{exitUsage, err}
+	}
+	job, err := readJob(jobPath)
+	if err != nil {
+		return exitError{exitUsage, err}
+	}
+	e := rules.Explain(job)
+	if err := c.print(o, e, explain(e)); err != nil {
+		return err
+	}
+	if e.Plan == nil {
+		return exitError{exitNo, nil}
+	}
+	return nil
+}
+
+func readJob(path string) (providers.Job, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return providers.Job{}, err
+	}
+	var f jobFile
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&f); err != nil {
+		return providers.Job{}, fmt.Errorf("%s: %w", path, err)
+	}
+	job := providers.Job{
+		Subject: creds.Subject{
+			Provider: f.Provider, Repository: f.Repository, Ref: f.Ref, SHA: f.SHA,
+			Workflow: f.Workflow, Event: f.Event, Job: f.Job,
+		},
+		Actor: f.Actor, Trust: f.Trust,
+	}
+	for _, id := range f.Steps {
+		job.Steps = append(job.Steps, providers.Step{ID: id})
+	}
+	return job, nil
+}
+
+// explain renders an explanation for people.
+func explain(e policy.Explanation) string {
+	var b strings.Builder
+	for _, t := range e.Trials {
+		if t.Matched {
+			fmt.Fprintf(&b, "matches   %s\n", t.Rule)
+			continue
+		}
+		fmt.Fprintf(&b, "no match  %s\n", t.Rule)
+		for _, m := range t.Mismatches {
+			fmt.Fprintf(&b, "            %s is %q, the rule wants %s\n", m.Field, m.Got, strings.Join(m.Want, " or "))
+		}
+	}
+	if e.Plan == nil {
+		b.WriteString("\nrefused: no rule matches, so nothing is granted\n")
+		return b.String()
+	}
+	p := e.Plan
+	fmt.Fprintf(&b, "\ngranted by %s\n  runtime %s, at most %v\n", p.Rule, p.Runtime, p.Timeout)
+	for _, x := range p.Egress {
+		fmt.Fprintf(&b, "  egress  %s:%d %s%s\n", x.Rule.Name, x.Rule.Port, x.Rule.Protocol, onlyIn(x.Step))
+	}
+	for _, l := range p.Leases {
+		fmt.Fprintf(&b, "  lease   %s from %s for at most %v%s\n", l.Name, l.Issuer, l.TTL, onlyIn(l.Step))
+	}
+	if len(p.Egress)+len(p.Leases) == 0 {
+		b.WriteString("  no way out and no credentials\n")
+	}
+	return b.String()
+}
+
+func onlyIn(step string) string {
+	if step == "" {
+		return ""
+	}
+	return ", only in step " + step
+}

@@ -1,0 +1,143 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/mayfly-ci/mayfly/sandbox"
+)
+
+// doctorTimeout bounds one question to one backend.
+const doctorTimeout = 20 * time.Second
+
+// A finding is one line of the doctor.
+type finding struct {
+	About  string `json:"about"` // "runtime native"
+	Name   string `json:"name"`
+	State  string `json:"state"` // ok, missing, unproven
+	Detail string `json:"detail,omitempty"`
+}
+
+const (
+	stateOK      = "ok"
+	stateMissing = "missing"
+)
+
+func runDoctor(c *call) error {
+	o, err := c.flags("doctor", nil)
+	if err != nil {
+		return err
+	}
+	found := host()
+	w, err := wireBeside(o.config, c.stderr)
+	if err != nil {
+		found = append(found, finding{"configuration", o.config, stateMissing, err.Error()})
+	} else {
+		defer w.close()
+		found = append(found, w.examine()...)
+	}
+	bad := 0
+	var b strings.Builder
+	for _, f := range found {
+		if f.State != stateOK {
+			bad++
+		}
+		fmt.Fprintf(&b, "%-8s %s: %s", f.State, f.About, f.Name)
+		if f.Detail != "" {
+			b.WriteString("  (" + f.Detail + ")")
+		}
+		b.WriteByte('\n')
+	}
+	if bad == 0 {
+		b.WriteString("\neverything that this configuration promises is enforced here\n")
+	} else {
+		fmt.Fprintf(&b, "\n%d of %d are missing: what each means stands beside it\n", bad, len(found))
+	}
+	if err := c.print(o, found, b.String()); err != nil {
+		return err
+	}
+	if bad > 0 {
+		return exitError{exitNo, nil}
+	}
+	return nil
+}
+
+// host looks at the machine itself.
+func host() []finding {
+	var u unix.Utsname
+	fs := []finding{}
+	if err := unix.Uname(&u); err != nil {
+		fs = append(fs, finding{"host", "kernel", stateMissing, err.Error()})
+	} else {
+		fs = append(fs, finding{"host", "kernel", stateOK, "Linux " + unix.ByteSliceToString(u.Release[:]) + " " + unix.ByteSliceToString(u.Machine[:])})
+	}
+	who := finding{"host", "root", stateOK, "boxes get id ranges, limits and disks of their own"}
+	if os.Geteuid() != 0 {
+		who.State = stateMissing
+		who.Detail = "an ordinary user can run boxes, but not limit them: run the agent as root to have limits, disks and owners"
+	}
+	return append(fs, who)
+}
+
+// examine asks every part of the configuration what it can do here.
+func (w *wiring) examine() []finding {
+	ctx := context.Background()
+	var fs []finding
+	for _, name := range slices.Sorted(maps.Keys(w.agent.Runtimes)) {
+		fs = append(fs, examineRuntime(ctx, name, w.agent.Runtimes[name])...)
+	}
+	for _, name := range slices.Sorted(maps.Keys(w.agent.Issuers)) {
+		ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
+		leases, err := w.agent.Issuers[name].List(ctx)
+		cancel()
+		f := finding{"issuer " + name, "reachable", stateOK, fmt.Sprintf("%d leases of this installation live now", len(leases))}
+		switch {
+		case errors.Is(err, errors.ErrUnsupported):
+			f.Detail = "cannot list its leases: the reaper does not cover it"
+		case err != nil:
+			f.State, f.Detail = stateMissing, err.Error()
+		}
+		fs = append(fs, f)
+	}
+	for _, name := range slices.Sorted(maps.Keys(w.agent.Providers)) {
+		fs = append(fs, finding{"provider " + name, "configured", stateOK, ""})
+	}
+	fs = append(fs, finding{"policy", w.policyFile, stateOK, w.agent.Policy.Digest()})
+	return append(fs, w.examineState()...)
+}
+
+func examineRuntime(ctx context.Context, name string, r sandbox.Runtime) []finding {
+	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
+	defer cancel()
+	about := "runtime " + name
+	claims, err := r.Check(ctx)
+	var fs []finding
+	for _, c := range claims {
+		f := finding{about, c.Name, stateOK, c.Detail}
+		if !c.Enforced {
+			f.State = stateMissing
+		}
+		fs = append(fs, f)
+	}
+	if err != nil {
+		fs = append(fs, finding{about, "usable", stateMissing, err.Error()})
+	}
+	return fs
+}
+
+func (w *wiring) examineState() []finding {
+	jobs, err := w.state.Jobs()
+	f := finding{"state", w.state.Dir, stateOK, fmt.Sprintf("generation %d, %d jobs owe something", w.state.Generation, len(jobs))}
+	if err != nil {
+		f.State, f.Detail = stateMissing, err.Error()
+	}
+	return []finding{f}
+}

@@ -1,0 +1,220 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"github.com/mayfly-ci/mayfly/providers"
+	"github.com/mayfly-ci/mayfly/providers/local"
+	"github.com/mayfly-ci/mayfly/runner"
+	"github.com/mayfly-ci/mayfly/runner/policy"
+)
+
+// execSlots is how many "mayfly exec" of one user may run at once: each needs a
+// state directory of its own.
+const execSlots = 64
+
+type execFlags struct {
+	job, event, policy, state string
+	verbose                   bool
+}
+
+func runExec(c *call) error {
+	var f execFlags
+	o, err := c.flags("exec", func(fs *flag.FlagSet) {
+		fs.StringVar(&f.job, "job", "", "job of the workflow; not needed if there is only one")
+		fs.StringVar(&f.event, "event", "push", "event that the job is told")
+		fs.StringVar(&f.policy, "policy", "", "policy file; without one the job gets nothing but its box")
+		fs.StringVar(&f.state, "state", "", "state directory (default: a free one of yours)")
+		fs.BoolVar(&f.verbose, "verbose", false, "show the agent's own log too")
+	})
+	if err != nil {
+		return err
+	}
+	if len(o.args) > 1 {
+		return usageError("one workflow file at a time, got %q", o.args)
+	}
+	root, file, err := workflowFile(o.args)
+	if err != nil {
+		return exitError{exitUsage, err}
+	}
+	state, err := execState(f.state)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = state.Close() }()
+	cfg, spool, end, err := c.execConfig(o, f, state)
+	if err != nil {
+		return err
+	}
+	defer end()
+	agent, err := runner.New(cfg, state)
+	if err != nil {
+		return err
+	}
+	id, err := local.Submit(spool, local.Job{
+		Repository: root, Workflow: file, Job: f.job, Event: f.event,
+		Ref: git(root, "symbolic-ref", "-q", "HEAD"), SHA: git(root, "rev-parse", "-q", "--verify", "HEAD"), Worktree: true,
+	})
+	if err != nil {
+		return err
+	}
+	first, _, stop := signals(context.Background())
+	defer stop()
+	// At a terminal the first signal cancels: there is no queue to drain.
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(first))
+	defer context.AfterFunc(first, func() { cancel(runner.ErrStopping) })()
+	return errors.Join(agent.Run(ctx, ctx), execResult(spool, id))
+}
+
+// execConfig is an agent for one job of one spool.
+func (c *call) execConfig(o *options, f execFlags, state *runner.State) (runner.Config, string, func(), error) {
+	rules := policy.Nothing()
+	if f.policy != "" {
+		src, err := os.ReadFile(f.policy)
+		if err == nil {
+			rules, err = policy.Parse(src, f.policy)
+		}
+		if err != nil {
+			return runner.Config{}, "", nil, exitError{exitUsage, err}
+		}
+	}
+	log := zerolog.Nop()
+	if f.verbose {
+		log = consoleLog(c.stderr)
+	}
+	cfg, end, err := wireExec(o.config, state, rules, log)
+	if err != nil {
+		return runner.Config{}, "", nil, err
+	}
+	spool := filepath.Join(state.Dir, "spool")
+	provider, err := local.New(local.Config{Dir: spool})
+	if err != nil {
+		end()
+		return runner.Config{}, "", nil, err
+	}
+	cfg.Providers = map[string]providers.Provider{local.Name: &echo{provider, c.stdout}}
+	cfg.Slots, cfg.Once = 1, true
+	return cfg, spool, end, nil
+}
+
+// execResult turns the job's result into the exit status of the program.
+func execResult(spool, id string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	r, err := local.Wait(ctx, spool, id)
+	if err != nil {
+		return err
+	}
+	switch r.Conclusion {
+	case providers.Success, providers.Skipped:
+		return nil
+	case providers.Refused:
+		return exitError{exitUsage, nil}
+	}
+	code := exitNo
+	steps, err := local.ReadSteps(spool, id)
+	if err != nil {
+		return err
+	}
+	for _, s := range steps {
+		if s.Conclusion == providers.Failure && s.ExitCode != 0 {
+			code = s.ExitCode
+			break
+		}
+	}
+	return exitError{code, nil}
+}
+
+// echo is the spool as a provider, with the job's log on a terminal too.
+type echo struct {
+	*local.Provider
+	to io.Writer
+}
+
+func (e *echo) Log(ctx context.Context, name string, ref []byte) (providers.Log, error) {
+	log, err := e.Provider.Log(ctx, name, ref)
+	if err != nil {
+		return nil, err
+	}
+	return &echoLog{log, e.to}, nil
+}
+
+type echoLog struct {
+	providers.Log
+	to io.Writer
+}
+
+func (e *echoLog) Write(at time.Time, step int, b []byte) error {
+	if _, err := e.to.Write(b); err != nil {
+		return fmt.Errorf("terminal: %w", err)
+	}
+	return e.Log.Write(at, step, b)
+}
+
+// workflowFile finds the repository one stands in and the file in it.
+func workflowFile(args []string) (root, file string, err error) {
+	out, err := exec.Command("git", "rev-parse", "--show-toplevel").Output()
+	if err != nil {
+		return "", "", errors.New("this is no git repository: stand in one, so that the job has a commit to be about")
+	}
+	root = strings.TrimSpace(string(out))
+	if len(args) == 1 {
+		abs, err := filepath.Abs(args[0])
+		if err != nil {
+			return "", "", err
+		}
+		if file, err = filepath.Rel(root, abs); err != nil || strings.HasPrefix(file, "..") {
+			return "", "", fmt.Errorf("%s is not in the repository %s", args[0], root)
+		}
+		return root, file, nil
+	}
+	found, err := filepath.Glob(filepath.Join(root, ".github", "workflows", "*.y*ml"))
+	if err != nil || len(found) != 1 {
+		return "", "", fmt.Errorf("%d workflow files in %s/.github/workflows: name one", len(found), root)
+	}
+	file, err = filepath.Rel(root, found[0])
+	return root, file, err
+}
+
+// git asks the repository for a fact, "" if it has none: a repository without a
+// commit can be tried out too.
+func git(root string, args ...string) string {
+	out, err := exec.Command("git", append([]string{"-C", root}, args...)...).Output()
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// execState takes the first state directory that no other exec holds.
+func execState(dir string) (*runner.State, error) {
+	if dir != "" {
+		return runner.OpenState(dir)
+	}
+	base := "/var/lib/mayfly-exec"
+	if os.Geteuid() != 0 {
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return nil, fmt.Errorf("state: %w", err)
+		}
+		base = filepath.Join(home, ".local", "state", "mayfly-exec")
+	}
+	for i := range execSlots {
+		state, err := runner.OpenState(filepath.Join(base, fmt.Sprint(i)))
+		if !errors.Is(err, runner.ErrInUse) {
+			return state, err
+		}
+	}
+	return nil, fmt.Errorf("%d jobs run already", execSlots)
+}
