@@ -20,26 +20,19 @@ var ruleset string
 // loopback brings lo up with its addresses and makes all others local. The
 // kernel gives lo ::1 when it comes up.
 func loopback() error {
-	own := self()
-	up := message(unix.RTM_NEWLINK, 0, link())
-	for _, step := range []struct {
-		what string
-		msg  []byte
-	}{
-		{"lo up", up},
-		{"address 127.0.0.1", message(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, address([4]byte{127, 0, 0, 1}, 8, unix.RT_SCOPE_HOST))},
-		{"address of the box", message(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, address(own, 32, unix.RT_SCOPE_UNIVERSE))},
-		{"IPv4 route", message(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, localDefault(unix.AF_INET, unix.RT_SCOPE_HOST))},
-	} {
-		if err := request(unix.NETLINK_ROUTE, step.msg); err != nil {
-			return wrap(step.what, err)
-		}
-	}
-	err := request(unix.NETLINK_ROUTE, message(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, localDefault(unix.AF_INET6, unix.RT_SCOPE_UNIVERSE)))
-	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EACCES) {
-		return nil // IPv6 absent, or disabled on lo
-	}
-	return wrap("IPv6 route", err)
+	const put = unix.NLM_F_CREATE | unix.NLM_F_REPLACE
+	return request(unix.NETLINK_ROUTE,
+		batch{"lo up", message(unix.RTM_NEWLINK, 0, link()), nil},
+		batch{"address 127.0.0.1", message(unix.RTM_NEWADDR, put, address([4]byte{127, 0, 0, 1}, 8, unix.RT_SCOPE_HOST)), nil},
+		batch{"address of the box", message(unix.RTM_NEWADDR, put, address(self(), 32, unix.RT_SCOPE_UNIVERSE)), nil},
+		batch{"IPv4 route", message(unix.RTM_NEWROUTE, put, localDefault(unix.AF_INET, unix.RT_SCOPE_HOST)), nil},
+		batch{"IPv6 route", message(unix.RTM_NEWROUTE, put, localDefault(unix.AF_INET6, unix.RT_SCOPE_UNIVERSE)), noIPv6},
+	)
+}
+
+// noIPv6 reports that the kernel has no IPv6, or that it is disabled on lo.
+func noIPv6(err error) bool {
+	return errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EACCES)
 }
 
 // link is an ifinfomsg that sets IFF_UP on lo (rtnetlink(7)).
@@ -69,5 +62,5 @@ func localDefault(family, scope byte) []byte {
 
 // wall applies the ruleset. It is one transaction: all of it holds or nothing.
 func wall() error {
-	return wrap("nftables rules", request(unix.NETLINK_NETFILTER, []byte(ruleset)))
+	return request(unix.NETLINK_NETFILTER, batch{"nftables rules", []byte(ruleset), nil})
 }

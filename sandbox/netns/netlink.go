@@ -48,13 +48,26 @@ func attr(b []byte, typ uint16, value ...byte) []byte {
 	return b
 }
 
-// request opens a netlink socket, sends messages and waits for the answers.
-func request(protocol int, messages []byte) error {
+// request opens a netlink socket and exchanges each batch of messages on it.
+func request(protocol int, batches ...batch) error {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, protocol)
 	if err != nil {
 		return wrap("netlink socket", err)
 	}
-	return errors.Join(exchange(fd, messages), unix.Close(fd))
+	for _, b := range batches {
+		if err = wrap(b.what, exchange(fd, b.messages)); err != nil && !(b.mayFail != nil && b.mayFail(err)) {
+			break
+		}
+		err = nil
+	}
+	return errors.Join(err, unix.Close(fd))
+}
+
+// A batch is messages that are sent at once, and what they are for.
+type batch struct {
+	what     string
+	messages []byte
+	mayFail  func(error) bool // nil: it must not
 }
 
 // exchange sends messages and waits until each that asked for it is
@@ -67,7 +80,7 @@ func exchange(fd int, messages []byte) error {
 	if err := unix.Sendto(fd, messages, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return wrap("netlink send", err)
 	}
-	buf := make([]byte, 16<<10)
+	buf := make([]byte, 8<<10)
 	for open := acks(messages); open > 0; {
 		n, _, err := unix.Recvfrom(fd, buf, 0)
 		if err == unix.EINTR {

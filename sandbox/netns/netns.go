@@ -67,8 +67,8 @@ const (
 )
 
 // Setup makes the network of the current thread's namespace that of a box: lo
-// up, its addresses, every other address local, and the rules above. It may be
-// called again. If it fails the namespace must not be given to a job; the error
+// up, its addresses, every other address local, and the rules above. Once is
+// enough; the rules of a second call stand behind those of the first. If it fails the namespace must not be given to a job; the error
 // is a system call's or the kernel's answer to a netlink message, EPERM if the
 // caller lacks CAP_NET_ADMIN, ENOENT if the kernel lacks a part of nftables.
 //
