@@ -22,11 +22,13 @@ import (
 const (
 	// version names what a template holds; raise it when the skeleton or the
 	// options of mkfs change.
-	version = "1"
+	version = "2"
 	// groupBytes and groupInodes are ext4's units: inodes come in multiples of
 	// a block of them per block group.
 	groupBytes  = 128 << 20
 	groupInodes = 16
+	// journalBytes is the least that ext4 takes, and comes on top of the size.
+	journalBytes = 4 << 20
 	// minDisk leaves room for the skeleton, and ownInodes are what it and the
 	// file system have for themselves.
 	minDisk   = 8 << 20
@@ -50,7 +52,7 @@ type disk struct {
 // use. No more than the asked inodes are free on it, and fewer by less than a
 // block of them for each group.
 func template(ctx context.Context, dir string, size, inodes int64) (string, error) {
-	groups := (size + groupBytes - 1) / groupBytes
+	groups := (size + journalBytes + groupBytes - 1) / groupBytes
 	per := (inodes + ownInodes) / groups / groupInodes * groupInodes
 	if size < minDisk || per*groups <= ownInodes {
 		return "", fmt.Errorf("disk of %d bytes and %d files: at least %d bytes and %d files: %w",
@@ -75,8 +77,11 @@ func template(ctx context.Context, dir string, size, inodes int64) (string, erro
 	return p, nil
 }
 
-// format makes work/disk. There is no journal, because no box survives a
-// crash, and inode tables are left as the holes they are.
+// format makes work/disk. No box survives a crash, so the journal is of no use
+// as such, but without one ext4 does not take the inode of a file deleted in
+// the last minutes and looks past each of them for every new file: 20,000 files
+// made, deleted and made again took 19 s instead of 0.4 s. Inode tables and the
+// journal are left as the holes they are.
 func format(ctx context.Context, work string, size, inodes int64) error {
 	tree := filepath.Join(work, "tree")
 	if err := os.Mkdir(tree, 0o755); err != nil {
@@ -86,10 +91,10 @@ func format(ctx context.Context, work string, size, inodes int64) error {
 		return err
 	}
 	cmd := exec.CommandContext(ctx, "mkfs.ext4", "-q", "-F", "-b", "4096", "-I", "256", "-m", "0",
-		"-N", strconv.FormatInt(inodes, 10), "-G", "1024",
-		"-O", "^has_journal,^resize_inode,^huge_file,sparse_super2,metadata_csum,uninit_bg,flex_bg",
-		"-E", "lazy_itable_init=1,nodiscard,root_owner=0:0", "-d", tree,
-		filepath.Join(work, "disk"), strconv.FormatInt(size>>10, 10)+"k")
+		"-N", strconv.FormatInt(inodes, 10), "-G", "1024", "-J", "size="+strconv.Itoa(journalBytes>>20),
+		"-O", "has_journal,^resize_inode,^huge_file,sparse_super2,metadata_csum,uninit_bg,flex_bg",
+		"-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0", "-d", tree,
+		filepath.Join(work, "disk"), strconv.FormatInt((size+journalBytes)>>10, 10)+"k")
 	cmd.Env = []string{"PATH=/usr/sbin:/sbin:/usr/bin:/bin", "MKE2FS_CONFIG=/dev/null"}
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("mkfs.ext4 (package e2fsprogs): %w: %s", err, out)
@@ -192,8 +197,8 @@ func attachLoop(file *os.File) (*os.File, int, error) {
 	return nil, 0, errors.New("loop devices: none stayed free for long enough to take it")
 }
 
-// mountDisk mounts the device nowhere. Barriers are off: nothing of a box is
-// worth waiting for the real disk.
+// mountDisk mounts the device nowhere. Nothing of a box is worth waiting for the
+// real disk: no barriers, no order of data and metadata, rare commits.
 func mountDisk(device string) (int, error) {
 	fd, err := unix.Fsopen("ext4", unix.FSOPEN_CLOEXEC)
 	if err != nil {
@@ -204,6 +209,8 @@ func mountDisk(device string) (int, error) {
 		unix.FsconfigSetString(fd, "source", device),
 		unix.FsconfigSetFlag(fd, "noinit_itable"),
 		unix.FsconfigSetFlag(fd, "nobarrier"),
+		unix.FsconfigSetString(fd, "data", "writeback"),
+		unix.FsconfigSetString(fd, "commit", "300"),
 		unix.FsconfigCreate(fd),
 	)
 	if err != nil {

@@ -105,3 +105,24 @@ func TestInodes(t *testing.T) {
 		}
 	}
 }
+
+// Deleting many files and making as many again is what builds do. It must cost
+// about the same the second time (see format).
+func TestDeletedFilesCostNothing(t *testing.T) {
+	t.Parallel()
+	b := create(t, newRuntime(t, config(t)), "box", sandbox.Spec{})
+	out, exit := script(t, b, `/usr/bin/python3 -c '
+import os, time
+os.mkdir("d")
+def make():
+    began = time.process_time()
+    for i in range(8000): os.close(os.open("d/%d" % i, os.O_CREAT | os.O_WRONLY))
+    return time.process_time() - began
+first = make()
+for i in range(8000): os.unlink("d/%d" % i)
+print(make() / first)'`)
+	ratio, err := strconv.ParseFloat(strings.TrimSpace(out), 64)
+	if err != nil || exit.Code != 0 || ratio > 3 {
+		t.Errorf("8000 files again after they were deleted: got %q %+v times the CPU, want about 1", out, exit)
+	}
+}
