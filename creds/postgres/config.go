@@ -39,27 +39,27 @@ type Config struct {
 
 	// PasswordFile is read at every connection, so that the password can be
 	// changed under a running agent. It must not be open to all users.
-	PasswordFile string       `yaml:"password-file" json:"password-file"`
+	PasswordFile string       `yaml:"password_file" json:"password_file"`
 	Password     creds.Secret `yaml:"-" json:"-"` // used if there is no file
 
 	// SSLMode is verify-full (the default), verify-ca, require or disable, as
 	// in libpq. The last two do not say who the server is: then only SCRAM,
 	// which tells the other side nothing, is used to log in.
 	SSLMode string `yaml:"sslmode" json:"sslmode"`
-	RootCA  string `yaml:"root-ca" json:"root-ca"` // PEM file; "" trusts the system's
+	RootCA  string `yaml:"root_ca" json:"root_ca"` // PEM file; "" trusts the system's
 
 	// JobHost and JobPort are where jobs find the server, if that is not where
 	// the agent does.
-	JobHost string `yaml:"job-host" json:"job-host"`
-	JobPort int    `yaml:"job-port" json:"job-port"`
+	JobHost string `yaml:"job_host" json:"job_host"`
+	JobPort int    `yaml:"job_port" json:"job_port"`
 
 	// AllowedRoles are the roles that a scope may ask membership of.
-	AllowedRoles []string `yaml:"allowed-roles" json:"allowed-roles"`
+	AllowedRoles []string `yaml:"allowed_roles" json:"allowed_roles"`
 
 	// DropDependents lets a revocation drop what others made on top of the
 	// job's objects (a view over its table). Without it such a role is left
 	// without login, password and sessions, and Revoke says what is in the way.
-	DropDependents bool `yaml:"drop-dependents" json:"drop-dependents"`
+	DropDependents bool `yaml:"drop_dependents" json:"drop_dependents"`
 
 	Owner string             `yaml:"-" json:"-"` // installation id
 	Trace func(point string) `yaml:"-" json:"-"` // called between outside effects; nil is none
@@ -78,20 +78,20 @@ func (c Config) Validate() error {
 	wrong(c.Port < 0 || c.Port > 65535, "port %d: want 1 to 65535", c.Port)
 	wrong(c.Database == "", "database: missing; name the one the administrator connects to")
 	wrong(c.User == "", "user: missing; name the administrator's role")
-	wrong(!c.Password.IsZero() && c.PasswordFile != "", "password-file: there is a password already; give one of them")
+	wrong(!c.Password.IsZero() && c.PasswordFile != "", "password_file: there is a password already; give one of them")
 	wrong(!slices.Contains([]string{"", "verify-full", "verify-ca", "require", "disable"}, c.SSLMode),
 		"sslmode %q: want verify-full, verify-ca, require or disable", c.SSLMode)
-	wrong(c.RootCA != "" && !c.verified(), "root-ca: not used with sslmode %s; want verify-full or verify-ca", c.SSLMode)
-	wrong(strings.HasPrefix(c.Host, "/") && c.JobHost == "", "job-host: missing; jobs cannot reach the socket of %s", c.Host)
-	wrong(strings.ContainsAny(c.JobHost, ",/ "), "job-host %q: want a name or address", c.JobHost)
-	wrong(c.JobPort < 0 || c.JobPort > 65535, "job-port %d: want 1 to 65535", c.JobPort)
+	wrong(c.RootCA != "" && !c.verified(), "root_ca: not used with sslmode %s; want verify-full or verify-ca", c.SSLMode)
+	wrong(strings.HasPrefix(c.Host, "/") && c.JobHost == "", "job_host: missing; jobs cannot reach the socket of %s", c.Host)
+	wrong(strings.ContainsAny(c.JobHost, ",/ "), "job_host %q: want a name or address", c.JobHost)
+	wrong(c.JobPort < 0 || c.JobPort > 65535, "job_port %d: want 1 to 65535", c.JobPort)
 	wrong(c.Owner == "", "owner: missing; it is the installation's id")
 	for _, text := range []string{c.Host, c.Database, c.User, c.RootCA, c.JobHost} {
 		wrong(strings.ContainsRune(text, 0), "%q contains a zero byte", text)
 	}
 	for _, role := range c.AllowedRoles {
 		if err := checkIdentifier(role); err != nil {
-			errs = append(errs, fmt.Errorf("allowed-roles: %w", err))
+			errs = append(errs, fmt.Errorf("allowed_roles: %w", err))
 		}
 	}
 	return errors.Join(errs...)
@@ -164,14 +164,14 @@ func (c Config) password() (string, error) {
 	}
 	info, err := os.Stat(c.PasswordFile)
 	if err != nil {
-		return "", fmt.Errorf("password-file: %w", err)
+		return "", fmt.Errorf("password_file: %w", err)
 	}
 	if !info.Mode().IsRegular() || info.Mode().Perm()&0o007 != 0 {
-		return "", fmt.Errorf("password-file %s: %w: mode %v; want a file that is closed to others (chmod o-rwx)", c.PasswordFile, fs.ErrPermission, info.Mode())
+		return "", fmt.Errorf("password_file %s: %w: mode %v; want a file that is closed to others (chmod o-rwx)", c.PasswordFile, fs.ErrPermission, info.Mode())
 	}
 	b, err := os.ReadFile(c.PasswordFile)
 	if err != nil {
-		return "", fmt.Errorf("password-file: %w", err)
+		return "", fmt.Errorf("password_file: %w", err)
 	}
 	return strings.TrimRight(string(b), "\r\n"), nil
 }

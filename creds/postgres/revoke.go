@@ -58,9 +58,7 @@ func (i *Issuer) revoke(ctx context.Context, role string, oid uint32) error {
 	}
 	var errs []error
 	for _, database := range databases {
-		err := i.admin.with(ctx, database, func(conn *pgx.Conn) error {
-			return script(ctx, conn, i.dropOwned(role))
-		})
+		err := i.admin.with(ctx, database, func(conn *pgx.Conn) error { return i.empty(ctx, conn, role) })
 		if err != nil {
 			errs = append(errs, fmt.Errorf("database %s: %w", database, err))
 		}
@@ -70,22 +68,16 @@ func (i *Issuer) revoke(ctx context.Context, role string, oid uint32) error {
 		return err
 	}
 	return i.admin.with(ctx, i.config.Database, func(conn *pgx.Conn) error {
-		// Privileges on what all databases share go with this one.
-		err := script(ctx, conn, "BEGIN", i.dropOwned(role), "DROP ROLE "+quote(role), "COMMIT")
-		if err != nil {
+		if err := i.empty(ctx, conn, role); err != nil {
+			return err
+		}
+		if err := script(ctx, conn, "DROP ROLE "+quote(role)); err != nil {
 			return err
 		}
 		i.config.Trace("postgres.revoke.dropped")
 		// A login that was half done when the role lost its right to one.
 		return i.endSessions(ctx, conn, "usesysid = $1", oid)
 	})
-}
-
-func (i *Issuer) dropOwned(role string) string {
-	if i.config.DropDependents {
-		return "DROP OWNED BY " + quote(role) + " CASCADE"
-	}
-	return "DROP OWNED BY " + quote(role) + " RESTRICT"
 }
 
 // disarm finds the role and leaves it without login, password, sessions and
@@ -221,7 +213,7 @@ func openHandle(sealed []byte) (handle, error) {
 func detailed(err error) error {
 	var pg *pgconn.PgError
 	if errors.As(err, &pg) && pg.Code == dependents {
-		return fmt.Errorf("%w: %s; the role is left without login and sessions: drop these, or set drop-dependents", err, pg.Detail)
+		return fmt.Errorf("%w: %s; the role is left without login and sessions: drop these, or set drop_dependents", err, pg.Detail)
 	}
 	return err
 }

@@ -32,7 +32,7 @@ type Scope struct {
 	Schemas     []Schema `json:"schemas"`     //
 	Roles       []string `json:"roles"`       // membership, of Config.AllowedRoles only
 	Connections int      `json:"connections"` // at a time; 0 is 10
-	SearchPath  []string `json:"search-path"` // schemas; empty is the database's own
+	SearchPath  []string `json:"search_path"` // schemas; empty is the database's own
 }
 
 // A Schema is what a scope asks for in one schema. Being named is USAGE.
@@ -95,11 +95,11 @@ func (s Scope) check(allowedRoles []string) error {
 	}
 	for _, role := range s.Roles {
 		if !slices.Contains(allowedRoles, role) {
-			errs = append(errs, fmt.Errorf("roles: %q is not in the allowed-roles of the issuer's configuration", role))
+			errs = append(errs, fmt.Errorf("roles: %q is not in the allowed_roles of the issuer's configuration", role))
 		}
 	}
 	for _, name := range s.SearchPath {
-		errs = append(errs, at("search-path", checkIdentifier(name)))
+		errs = append(errs, at("search_path", checkIdentifier(name)))
 	}
 	for _, schema := range s.Schemas {
 		where := fmt.Sprintf("schema %q", schema.Name)

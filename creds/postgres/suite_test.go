@@ -102,7 +102,7 @@ func refusedScopes() []string {
 		`{"database": "app", "roles": ["postgres"]}`,
 		`{"database": "app", "roles": ["pg_read_all_data"]}`,
 		`{"database": "app", "roles": ["nosuch"]}`,
-		`{"database": "app", "search-path": [""]}`,
+		`{"database": "app", "search_path": [""]}`,
 		`{"database": "app", "superuser": true}`,
 		`{"database": "app"} {}`,
 		`{"database": "app", "schemas": [{"name": "nosuch"}]}`,

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/url"
 	"slices"
 	"strings"
 	"testing"
@@ -19,7 +20,7 @@ import (
 const owner = "inst-1"
 
 // goodScope is what newWorld can give.
-const goodScope = `{"database": "app", "privileges": ["temporary", "create"], "connections": 5, "search-path": ["shop", "public"], "schemas": [
+const goodScope = `{"database": "app", "privileges": ["temporary", "create"], "connections": 5, "search_path": ["shop", "public"], "schemas": [
 	{"name": "shop", "privileges": ["usage", "create"],
 	 "tables": [{"names": ["items"], "privileges": ["select", "insert", "update", "delete"]}],
 	 "sequences": [{"names": ["*"], "privileges": ["usage"]}]}]}`
@@ -62,7 +63,7 @@ func (w *world) harness() harness { return harness{w} }
 
 // dsn is the administrator's.
 func (w *world) dsn(database string) string {
-	return fmt.Sprintf("postgres://%s:%s@%s:%d/%s?sslmode=disable", postgrestest.User, w.Password(), w.Host(), w.Port(), database)
+	return fmt.Sprintf("postgres://%s:%s@%s:%d/%s?sslmode=disable", postgrestest.User, w.Password(), w.Host(), w.Port(), url.PathEscape(database))
 }
 
 // run executes statements as the administrator.
