@@ -62,10 +62,11 @@ func runExec(c *call) error {
 	if err != nil {
 		return err
 	}
-	id, err := local.Submit(spool, local.Job{
-		Repository: root, Workflow: file, Job: f.job, Event: f.event,
-		Ref: git(root, "symbolic-ref", "-q", "HEAD"), SHA: git(root, "rev-parse", "-q", "--verify", "HEAD"), Worktree: true,
-	})
+	job := local.Job{Repository: root, Workflow: file, Job: f.job, Event: f.event, Worktree: true}
+	if job.SHA = git(root, "rev-parse", "-q", "--verify", "HEAD"); job.SHA != "" {
+		job.Ref = git(root, "symbolic-ref", "-q", "HEAD")
+	}
+	id, err := local.Submit(spool, job)
 	if err != nil {
 		return err
 	}
