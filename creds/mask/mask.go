@@ -44,7 +44,8 @@ var ErrTooShort = errors.New("too short to be masked")
 // once. It prints as [creds.Placeholder]. Make one with [New].
 //
 // It is compiled when it is first used. That costs time in proportion to all
-// its secrets, multi-line ones most: 100 of them take about 20 ms.
+// its secrets and most for those of many lines: 100 secrets with ten private
+// keys among them take some tens of milliseconds.
 type Set struct {
 	values []creds.Secret
 	// matcher compiles once. It is a function so that the needles, which are
