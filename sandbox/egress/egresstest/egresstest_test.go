@@ -122,29 +122,98 @@ func prefixes(all ...string) []netip.Prefix {
 	return p
 }
 
-// mutants has one broken gateway for each clause, with the config it needs.
-func mutants(o *egresstest.Outside) map[string]func(*gateway.Config) broken {
-	of := func(b broken) func(*gateway.Config) broken {
-		return func(*gateway.Config) broken { return b }
-	}
-	protocol := func(from egress.Protocol) func(*gateway.Config) broken {
-		return of(each(func(r *egress.Rule) {
-			if r.Protocol == from {
-				r.Protocol = egress.TCP
-			}
-		}))
-	}
-	resolve := func(p ...string) func(*gateway.Config) broken {
-		return of(each(func(r *egress.Rule) { r.Resolve = prefixes(p...) }))
-	}
-	dial := func(change func(ctx context.Context, network, address string) (net.Conn, error)) func(*gateway.Config) broken {
-		return func(c *gateway.Config) broken {
-			c.Dial = change
-			return broken{}
+// A mutation makes a gateway that is broken, perhaps by its config.
+type mutation = func(*gateway.Config) broken
+
+func of(b broken) mutation { return func(*gateway.Config) broken { return b } }
+
+// unchecked passes a protocol without looking at it.
+func unchecked(p egress.Protocol) mutation {
+	return of(each(func(r *egress.Rule) {
+		if r.Protocol == p {
+			r.Protocol = egress.TCP
 		}
+	}))
+}
+
+// resolves gives each rule other addresses.
+func resolves(p ...string) mutation {
+	return of(each(func(r *egress.Rule) { r.Resolve = prefixes(p...) }))
+}
+
+// dials something else.
+func dials(dial func(ctx context.Context, network, address string) (net.Conn, error)) mutation {
+	return func(c *gateway.Config) broken {
+		c.Dial = dial
+		return broken{}
 	}
-	return map[string]func(*gateway.Config) broken{
-		"empty rules allow nothing": of(adds("echo.example", 7)),
+}
+
+// dialEnded is a dial that succeeds where nobody is: the connection ends at once.
+func dialEnded(context.Context, string, string) (net.Conn, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	defer l.Close()
+	conn, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		return nil, err
+	}
+	end, err := l.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return conn, end.Close()
+}
+
+// ruleMutants are broken in what they allow.
+func ruleMutants(o *egresstest.Outside) map[string]mutation {
+	return map[string]mutation{
+		"empty rules allow nothing":                    of(adds("echo.example", 7)),
+		"a rule is for one port":                       of(adds("echo.example", 8)),
+		"names have data of type A only":               of(adds("other.example", 7)),
+		"tls: the server name is the rule's":           unchecked(egress.TLS),
+		"http: the host of each request is the rule's": unchecked(egress.HTTP),
+		"a name resolves to public addresses only":     resolves("0.0.0.0/0", "::/0"),
+		"the address that was judged is dialled": func(c *gateway.Config) broken {
+			c.Resolver = twice{c.Resolver}
+			return broken{}
+		},
+		"resolve: addresses are used without a lookup": resolves("10.9.8.0/24"),
+		"resolve: prefixes filter the lookup":          resolves("0.0.0.0/0"),
+		"metadata addresses are never dialled": func(c *gateway.Config) broken {
+			c.Dial = func(ctx context.Context, network, _ string) (net.Conn, error) {
+				return o.Dial(ctx, network, "169.254.169.254:80")
+			}
+			return each(func(r *egress.Rule) { r.Resolve = prefixes("10.0.0.1/32") })
+		},
+		"the agent's listeners are never dialled": func(c *gateway.Config) broken {
+			c.Never = nil
+			return broken{}
+		},
+		"rules that cannot be enforced are refused": of(broken{open: func(next egress.Gateway, name string, op egress.Opening) error {
+			if err := next.Open(context.Background(), name, op); !errors.Is(err, egress.ErrBadRules) {
+				return err
+			}
+			return nil
+		}}),
+		"boxes do not share names": func(*gateway.Config) broken {
+			var mu sync.Mutex
+			var all []egress.Rule
+			return rules(func(r []egress.Rule) []egress.Rule {
+				mu.Lock()
+				defer mu.Unlock()
+				all = append(all, r...)
+				return slices.Clone(all)
+			})
+		},
+	}
+}
+
+// conductMutants are broken in what they do.
+func conductMutants(o *egresstest.Outside) map[string]mutation {
+	return map[string]mutation{
 		"an allowed name is reached, with two lines": of(lines(func(next egress.Ledger, l egress.Line) error {
 			if l.Verdict == egress.Ended {
 				return nil
@@ -165,8 +234,6 @@ func mutants(o *egresstest.Outside) map[string]func(*gateway.Config) broken {
 			}
 			return next.Open(context.Background(), name, op)
 		}}),
-		"a rule is for one port":         of(adds("echo.example", 8)),
-		"names have data of type A only": of(adds("other.example", 7)),
 		"a connection to no name is refused": of(lines(func(next egress.Ledger, l egress.Line) error {
 			if l.Address != "" {
 				return nil
@@ -177,51 +244,11 @@ func mutants(o *egresstest.Outside) map[string]func(*gateway.Config) broken {
 			s.Log = nil
 			return next.Attach(context.Background(), name, s)
 		}}),
-		"an unreachable destination is Failed and reset": dial(func(ctx context.Context, network, address string) (net.Conn, error) {
-			l, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
-				return nil, err
-			}
-			defer l.Close()
-			conn, err := net.Dial("tcp", l.Addr().String())
-			if err != nil {
-				return nil, err
-			}
-			end, err := l.Accept()
-			if err == nil {
-				end.Close()
-			}
-			return conn, err
-		}),
-		"half-close passes both ways": dial(func(ctx context.Context, network, address string) (net.Conn, error) {
+		"an unreachable destination is Failed and reset": dials(dialEnded),
+		"half-close passes both ways": dials(func(ctx context.Context, network, address string) (net.Conn, error) {
 			conn, err := o.Dial(ctx, network, address)
 			return struct{ net.Conn }{conn}, err
 		}),
-		"tls: the server name is the rule's":           protocol(egress.TLS),
-		"http: the host of each request is the rule's": protocol(egress.HTTP),
-		"a name resolves to public addresses only":     resolve("0.0.0.0/0", "::/0"),
-		"the address that was judged is dialled": func(c *gateway.Config) broken {
-			c.Resolver = twice{c.Resolver}
-			return broken{}
-		},
-		"resolve: addresses are used without a lookup": resolve("10.9.8.0/24"),
-		"resolve: prefixes filter the lookup":          resolve("0.0.0.0/0"),
-		"metadata addresses are never dialled": func(c *gateway.Config) broken {
-			c.Dial = func(ctx context.Context, network, _ string) (net.Conn, error) {
-				return o.Dial(ctx, network, "169.254.169.254:80")
-			}
-			return each(func(r *egress.Rule) { r.Resolve = prefixes("10.0.0.1/32") })
-		},
-		"the agent's listeners are never dialled": func(c *gateway.Config) broken {
-			c.Never = nil
-			return broken{}
-		},
-		"rules that cannot be enforced are refused": of(broken{open: func(next egress.Gateway, name string, op egress.Opening) error {
-			if err := next.Open(context.Background(), name, op); !errors.Is(err, egress.ErrBadRules) {
-				return err
-			}
-			return nil
-		}}),
 		"a name is open once": of(broken{open: func(next egress.Gateway, name string, op egress.Opening) error {
 			_ = next.Open(context.Background(), name, op)
 			return nil
@@ -239,16 +266,6 @@ func mutants(o *egresstest.Outside) map[string]func(*gateway.Config) broken {
 			}
 			return next.Close(ctx, name)
 		}}),
-		"boxes do not share names": func(*gateway.Config) broken {
-			var mu sync.Mutex
-			var all []egress.Rule
-			return rules(func(r []egress.Rule) []egress.Rule {
-				mu.Lock()
-				defer mu.Unlock()
-				all = append(all, r...)
-				return slices.Clone(all)
-			})
-		},
 	}
 }
 
@@ -260,7 +277,10 @@ func TestSuite(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := egresstest.Subject{Net: newNet, Gateway: func(tb testing.TB, o *egresstest.Outside) egress.Gateway {
-				mutate := mutants(o)[name]
+				mutate := ruleMutants(o)[name]
+				if mutate == nil {
+					mutate = conductMutants(o)[name]
+				}
 				if mutate == nil {
 					tb.Fatalf("clause %q has no broken gateway", name)
 				}

@@ -6,14 +6,15 @@ import (
 	"testing"
 )
 
-func TestAddressClasses(t *testing.T) {
-	t.Parallel()
-	table := newTable()
-	for _, tt := range []struct {
-		addr  string
-		never bool
-		what  string // "" is public
-	}{
+// classified is an address and what it is.
+type classified struct {
+	addr  string
+	never bool
+	what  string // "" is public
+}
+
+func classifications() []classified {
+	return []classified{
 		{"93.184.216.34", false, ""},
 		{"8.8.8.8", false, ""},
 		{"172.32.0.1", false, ""},
@@ -79,7 +80,13 @@ func TestAddressClasses(t *testing.T) {
 		{"::ffff:169.254.169.254", true, "metadata"},
 		{"2620:0:1:2:0:5efe:a9fe:a9fe", true, "metadata"}, // ISATAP
 		{"2620:0:1:2:200:5efe:a9fe:a9fe", true, "metadata"},
-	} {
+	}
+}
+
+func TestAddressClasses(t *testing.T) {
+	t.Parallel()
+	table := newTable()
+	for _, tt := range classifications() {
 		a := netip.MustParseAddr(tt.addr)
 		if got := table.never(a); (got != "") != tt.never {
 			t.Errorf("never(%s): got %q, want forbidden: %v", tt.addr, got, tt.never)

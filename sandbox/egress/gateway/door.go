@@ -29,6 +29,11 @@ type door struct {
 // adopt takes the sockets over. They are closed if it fails.
 func adopt(s egress.Sockets) (*door, error) {
 	d := new(door)
+	if s.TCP == nil || s.DNS == nil {
+		// Closing what is not there is an error too, of no interest.
+		_, _, _ = s.TCP.Close(), s.DNS.Close(), s.Log.Close()
+		return nil, errors.New("the TCP and the DNS socket are needed")
+	}
 	tcp, err := net.FileListener(s.TCP)
 	if l, ok := tcp.(*net.TCPListener); ok {
 		d.tcp = l

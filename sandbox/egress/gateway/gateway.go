@@ -13,7 +13,8 @@
 //     provider: turn it off in the browsers that send it. Passed-through TLS
 //     cannot be checked further: the Host inside it is not seen.
 //   - http: requests are parsed and written anew, each one after its Host was
-//     checked. HTTP/1 only; CONNECT and upgrades are refused.
+//     checked, so that the destination sees one framing and one host whatever
+//     the job sent. HTTP/1 only; CONNECT and upgrades are refused.
 //
 // The destination's addresses are looked up and judged once and what was
 // judged is dialled, so a name cannot change in between. By default only public
@@ -59,8 +60,9 @@ const (
 	// given to a second name of the same job, so steps add up.
 	DefaultNames = 4096
 	// DefaultConns bounds the connections of one job at a time. Each may hold
-	// two descriptors, two pipes and, while a ClientHello is awaited, 64 KiB.
-	DefaultConns = 1024
+	// two sockets with what the peers have not read yet, a pipe of up to 1 MiB
+	// each way and, while a ClientHello is awaited, 64 KiB.
+	DefaultConns = 512
 	// DefaultDialling is the time to look a name up and to connect.
 	DefaultDialling = 10 * time.Second
 	// DefaultHello is the time to send a ClientHello or the header of a request.

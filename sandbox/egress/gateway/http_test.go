@@ -1,0 +1,124 @@
+package gateway_test
+
+import (
+	"bufio"
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/mayfly-ci/mayfly/sandbox/egress"
+	"github.com/mayfly-ci/mayfly/sandbox/egress/gateway"
+)
+
+// exchange sends bytes to a name with an http rule, and returns the answers and
+// what the destination got on each connection.
+func exchange(t *testing.T, sent string, answer func(net.Conn, *http.Request)) (got string, lines []egress.Line, requests []*http.Request) {
+	t.Helper()
+	seen := make(chan *http.Request, 10)
+	port := server(t, func(conn net.Conn) {
+		r := bufio.NewReader(conn)
+		for {
+			req, err := http.ReadRequest(r)
+			if err != nil {
+				return
+			}
+			body, err := io.ReadAll(req.Body)
+			if err != nil {
+				return
+			}
+			req.Body = io.NopCloser(strings.NewReader(string(body)))
+			seen <- req
+			answer(conn, req)
+		}
+	})
+	b := newBox(t, gateway.Config{}, egress.Rule{Name: "web.example", Port: port, Protocol: egress.HTTP})
+	conn, err := b.connect("web.example", port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.WriteString(conn, sent); err != nil {
+		t.Fatal(err)
+	}
+	all, _ := io.ReadAll(conn) // the end may be a reset
+	conn.Close()
+	b.close()
+	close(seen)
+	for r := range seen {
+		requests = append(requests, r)
+	}
+	return string(all), b.lines, requests
+}
+
+func ok(conn net.Conn, _ *http.Request) {
+	_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+}
+
+// TestOneFraming: what could be read in two ways reaches the destination in one.
+func TestOneFraming(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name, sent string
+		requests   int
+		body       string
+	}{
+		{"length and chunks", "POST /a HTTP/1.1\r\nHost: web.example\r\nConnection: close\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", 1, "abc"},
+		{"chunks with extensions", "POST /a HTTP/1.1\r\nHost: web.example\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n0\r\n\r\n", 1, "abc"},
+		{"the same length twice", "POST /a HTTP/1.1\r\nHost: web.example\r\nConnection: close\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\nabc", 1, "abc"},
+		{"odd encoding", "POST /a HTTP/1.1\r\nHost: web.example\r\nTransfer-Encoding: xchunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", 0, ""},
+		{"encoding twice", "POST /a HTTP/1.1\r\nHost: web.example\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n", 0, ""},
+		{"space before the colon", "POST /a HTTP/1.1\r\nHost: web.example\r\nContent-Length : 3\r\n\r\nabc", 0, ""},
+		{"hidden request", "GET /a HTTP/1.1\r\nHost: web.example\r\nX: y\rGET /b HTTP/1.1\r\n\r\n", 0, ""},
+		{"pipelined for another host", "GET /a HTTP/1.1\r\nHost: web.example\r\n\r\nGET /b HTTP/1.1\r\nHost: evil.example\r\n\r\n", 1, ""},
+	} {
+		_, lines, requests := exchange(t, tt.sent, ok)
+		if len(requests) != tt.requests {
+			t.Errorf("%s: the destination got %d requests, want %d", tt.name, len(requests), tt.requests)
+			continue
+		}
+		if refused := lines[len(lines)-1].Verdict == egress.Refused; refused != (tt.requests == 0 || strings.Contains(tt.sent, "evil")) {
+			t.Errorf("%s: got lines %+v", tt.name, lines)
+		}
+		for _, r := range requests {
+			body, _ := io.ReadAll(r.Body)
+			if string(body) != tt.body || r.Host != "web.example" || r.ContentLength > 0 && len(r.TransferEncoding) > 0 {
+				t.Errorf("%s: the destination got %+v with body %q, want body %q", tt.name, r, body, tt.body)
+			}
+		}
+	}
+}
+
+// TestBrokenAnswer: an answer that breaks off ends in a reset, so that it is not
+// taken for whole, and the ledger says so.
+func TestBrokenAnswer(t *testing.T) {
+	t.Parallel()
+	got, lines, _ := exchange(t, "GET / HTTP/1.0\r\nHost: web.example\r\n\r\n", func(conn net.Conn, _ *http.Request) {
+		_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")
+		conn.Close()
+	})
+	last := lines[len(lines)-1]
+	if last.Verdict != egress.Ended || last.Reason == "" || len(lines) != 2 {
+		t.Errorf("got answer %q and lines %+v, want the second to give a reason", got, lines)
+	}
+}
+
+// TestNoSockets: Attach without them is an error.
+func TestNoSockets(t *testing.T) {
+	t.Parallel()
+	g, err := gateway.New(gateway.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := context.Background()
+	if err := g.Open(ctx, "job", egress.Opening{Ledger: func(egress.Line) error { return nil }}); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.Attach(ctx, "job", egress.Sockets{}); err == nil {
+		t.Error("Attach without sockets succeeded")
+	}
+	if err := g.Close(ctx, "job"); err != nil {
+		t.Error(err)
+	}
+}
