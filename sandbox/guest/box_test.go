@@ -9,10 +9,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/guest"
@@ -21,7 +24,22 @@ import (
 // program is the guest, built once for all tests of the package.
 var program string
 
+// writer in the environment makes the test binary a process that writes as many
+// zeros to a pipe that it has made large enough to take them all at once.
+const writer = "MAYFLY_TEST_WRITER"
+
 func TestMain(m *testing.M) {
+	if size, err := strconv.Atoi(os.Getenv(writer)); err == nil {
+		_, err := unix.FcntlInt(1, unix.F_SETPIPE_SZ, 1<<20)
+		if err == nil {
+			_, err = os.Stdout.Write(make([]byte, size))
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	os.Exit(buildAndRun(m))
 }
 

@@ -1,6 +1,7 @@
 package guest_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -112,6 +113,33 @@ func TestHostileGuestHarmsOnlyItself(t *testing.T) {
 				t.Errorf("next call: got %v, want ErrDied", err)
 			}
 		})
+	}
+}
+
+func TestNothingMayFollowTheEnd(t *testing.T) {
+	t.Parallel()
+	exit, result := wire.AppendExit(nil, 0, 0), wire.AppendResult(nil, wire.OK, "")
+	for name, say := range map[string][]byte{
+		"exit":   bytes.Join([][]byte{exit, exit}, nil),
+		"output": append(bytes.Clone(exit), output(9)...),
+		"result": bytes.Join([][]byte{result, result}, nil),
+	} {
+		c := hostile(t, true, func(_ *testing.T, conn net.Conn) {
+			_, _ = conn.Read(make([]byte, 1))
+			go func() { _, _ = io.Copy(io.Discard, conn) }()
+			_, _ = conn.Write(say)
+		})
+		// The first frame may still be taken for an honest end.
+		if name == "result" {
+			_, _ = c.Get(t.Context(), "/x", 1)
+		} else {
+			_, _ = c.Run(t.Context(), sandbox.Process{Args: []string{"x"}})
+		}
+		select {
+		case <-c.Done():
+		case <-time.After(10 * time.Second):
+			t.Errorf("second %s: the guest is alive, want dead", name)
+		}
 	}
 }
 

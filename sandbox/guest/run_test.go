@@ -267,6 +267,31 @@ func TestBackgroundProcessDoesNotHoldTheStep(t *testing.T) {
 	}
 }
 
+func TestWhatTheStepWroteArrivesHoweverLate(t *testing.T) {
+	t.Parallel()
+	b := newBox(t, "")
+	const size = 900_000
+	n := 0
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := sh("sleep 1000 & " + writer + "=" + strconv.Itoa(size) + " exec " + self)
+	p.Stdout = func(_ time.Time, data []byte) error {
+		if n == 0 {
+			// Takes nothing until long after the step has ended.
+			eventually(t, "the writer has ended", func() bool { return len(b.inBox()) == 1 })
+			ended := time.Now()
+			eventually(t, "600 ms", func() bool { return time.Since(ended) > 600*time.Millisecond })
+		}
+		n += len(data)
+		return nil
+	}
+	if exit, err := b.Run(t.Context(), p); err != nil || exit.Code != 0 || n != size {
+		t.Errorf("got %d bytes, %+v and %v, want %d: only waiting for more is bounded", n, exit, err, size)
+	}
+}
+
 func TestQuietBackgroundProcessCostsOnlyTheDrain(t *testing.T) {
 	t.Parallel()
 	b := newBox(t, "")

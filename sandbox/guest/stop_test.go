@@ -111,13 +111,13 @@ func TestStopTakesTheWholeFamily(t *testing.T) {
 	t.Parallel()
 	b := newBox(t, "")
 	b.must(t, "sleep 7777 >/dev/null 2>&1 &") // of an earlier step: stays
-	p := sh(`trap '' INT TERM
+	p := sh(`trap '' INT; trap 'setsid sleep 1006 &' TERM
 		sleep 1001 &
 		setsid sleep 1002 &
 		setsid sh -c 'trap "" INT TERM; sleep 1003 & setsid sleep 1004 & wait; sleep 1005' &
 		(setsid sh -c 'while :; do sleep 0.01 & wait; done') &
-		echo; wait; wait; while :; do sleep 0.1; done`)
-	p.Grace = 50 * time.Millisecond
+		echo; while :; do sleep 0.01; done`)
+	p.Grace = 300 * time.Millisecond
 	exit, _ := b.cancelWhen(t, p)
 	if exit.Signal != int(syscall.SIGKILL) {
 		t.Errorf("got %+v, want signal 9", exit)
@@ -141,6 +141,17 @@ func TestStopTakesWhatAnObedientProcessLeaves(t *testing.T) {
 		t.Errorf("got %+v after %v, want status 0 at once", exit, took)
 	}
 	eventually(t, "nothing is left", func() bool { return len(b.inBox()) == 0 })
+}
+
+// TestWhatStopMustFindIsReal is the other side: a signal to the process group
+// alone leaves a child that has made a session of its own.
+func TestWhatStopMustFindIsReal(t *testing.T) {
+	t.Parallel()
+	b := newBox(t, "")
+	b.run(t, `setsid sleep 1002 >/dev/null 2>&1 & until [ $(cat /proc/$!/comm) = sleep ]; do :; done; kill -KILL 0`)
+	if left := b.inBox(); len(left) != 1 || !strings.HasPrefix(left[0], "sleep 1002") {
+		t.Errorf("left after a kill of the group: got %q, want sleep 1002", left)
+	}
 }
 
 func TestStopDuringOutput(t *testing.T) {

@@ -293,6 +293,7 @@ func TestGet(t *testing.T) {
 		{dir + "/large", 1000000, string(large), nil},
 		{dir + "/a", 4, "", guest.ErrRefused},
 		{dir + "/large", 999999, "", guest.ErrRefused},
+		{"/proc/version", 4, "", guest.ErrRefused}, // has no size before it is read
 		{dir + "/link", 5, "", guest.ErrRefused},
 		{dir + "/here/a", 5, "", guest.ErrRefused},
 		{dir + "/fifo", 5, "", guest.ErrRefused},

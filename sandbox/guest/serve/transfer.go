@@ -14,6 +14,9 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox/guest/wire"
 )
 
+// leastRead is the least that is read of a file at once.
+const leastRead = 512
+
 // errCanceled is the end of a transfer that the agent has given up.
 var errCanceled = errors.New("canceled")
 
@@ -82,8 +85,9 @@ func (g *guest) get(x *transfer, name string, most uint64) {
 		g.finish(nil, refusal("file is larger than asked for"))
 		return
 	}
-	// One byte more than the file has, so that its end shows in one read.
-	b := make([]byte, wire.HeaderSize+int(min(size+1, wire.MaxData))) // at most MaxData
+	// One byte more than the file has, so that its end shows in one read; and
+	// not too few for a file that does not know its size, as those of /proc.
+	b := make([]byte, wire.HeaderSize+int(min(max(size+1, leastRead), wire.MaxData)))
 	for sent := uint64(0); ; {
 		select {
 		case <-x.stopped:
