@@ -38,6 +38,11 @@ func TestLife(t *testing.T) {
 		t.Error("second Attach: got nil, want an error")
 	}
 	other := newRuntime(t, cfg) // another life of the agent
+	// Two directories, three control groups of version 1 or one of version 2,
+	// and a loop device: what leftovers must be able to see.
+	if seen := leftovers(t, cfg.StateDir); len(seen) < 4 {
+		t.Errorf("a living box has %q on the host, want at least four things", seen)
+	}
 	infos, err := other.List(ctx)
 	if err != nil || len(infos) != 1 || infos[0].Name != "box" || infos[0].Labels != labels || !infos[0].Expires.Equal(expires) {
 		t.Errorf("List: got %+v, %v, want box with %+v until %v", infos, err, labels, expires)
@@ -73,7 +78,7 @@ func TestLife(t *testing.T) {
 func TestExpires(t *testing.T) {
 	t.Parallel()
 	r := newRuntime(t, config(t))
-	b := create(t, r, "box", sandbox.Spec{Expires: time.Now().Add(2 * time.Second)})
+	b := create(t, r, "box", sandbox.Spec{Expires: time.Now().Add(8 * time.Second)})
 	_, err := b.Run(bounded(t), sandbox.Process{Args: []string{"/bin/sleep", "1000"}})
 	if !errors.Is(err, sandbox.ErrDied) {
 		t.Errorf("Run across the expiry: got %v, want ErrDied", err)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -37,8 +38,7 @@ func TestMain(m *testing.M) {
 	code := m.Run()
 	for _, d := range cgroupTrees() {
 		parent := filepath.Join(d, testParent(os.Getpid()))
-		installations, _ := filepath.Glob(parent + "/*/") // the pattern is well formed
-		for _, p := range append(installations, parent) {
+		for _, p := range append(directories(parent+"/*"), parent) {
 			_ = unix.Rmdir(p) // absent if no test made a box in this tree
 		}
 	}
@@ -60,6 +60,15 @@ func cgroupTrees() []string {
 		}
 	}
 	return out
+}
+
+// directories are what matches a pattern and is a directory.
+func directories(pattern string) []string {
+	found, _ := filepath.Glob(pattern) // the patterns are well formed
+	return slices.DeleteFunc(found, func(p string) bool {
+		st, err := os.Stat(p)
+		return err != nil || !st.IsDir()
+	})
 }
 
 // guestProgram builds the guest once.
@@ -233,12 +242,15 @@ func leftovers(t testing.TB, state string) []string {
 	var out []string
 	cfg := Config{StateDir: state, CgroupParent: testParent(os.Getpid())}
 	group := cfg.groupParent()
-	for _, pattern := range []string{state + "/boxes/*", state + "/ids/*", "/sys/fs/cgroup/*/" + group + "/*/", "/sys/fs/cgroup/" + group + "/*/"} {
+	for _, pattern := range []string{state + "/boxes/*", state + "/ids/*"} {
 		found, err := filepath.Glob(pattern)
 		if err != nil {
 			t.Fatal(err)
 		}
 		out = append(out, found...)
+	}
+	for _, tree := range cgroupTrees() {
+		out = append(out, directories(filepath.Join(tree, group, "*"))...)
 	}
 	loops, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	if err != nil {
