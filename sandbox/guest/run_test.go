@@ -119,15 +119,18 @@ func TestOutputIsCompleteAndInOrder(t *testing.T) {
 func TestOutputIsStampedWhenItIsRead(t *testing.T) {
 	t.Parallel()
 	b := newBox(t, "")
+	marker := t.TempDir() + "/marker"
+	p := sh("echo one; sleep 0.05; echo two; : >" + marker)
 	var at []time.Time
-	p := sh("echo one; read line <" + fifo(t) + "; echo two")
-	p.Stdout = func(when time.Time, data []byte) error {
+	var released time.Time
+	p.Stdout = func(when time.Time, _ []byte) error {
 		at = append(at, when)
 		if len(at) == 1 {
-			// The agent is slow: the time must not be that of the delivery.
-			started := time.Now()
-			eventually(t, "40 ms", func() bool { return time.Since(started) > 40*time.Millisecond })
-			return os.WriteFile(fifoPath(p.Args[2]), []byte("go\n"), 0)
+			// The agent is slow: the second time must not be that of the delivery.
+			eventually(t, "both lines are written", func() bool { _, err := os.Stat(marker); return err == nil })
+			written := time.Now()
+			eventually(t, "200 ms", func() bool { return time.Since(written) > 200*time.Millisecond })
+			released = time.Now()
 		}
 		return nil
 	}
@@ -135,21 +138,9 @@ func TestOutputIsStampedWhenItIsRead(t *testing.T) {
 	if _, err := b.Run(t.Context(), p); err != nil {
 		t.Fatal(err)
 	}
-	if len(at) != 2 || at[0].Before(before) || at[1].Sub(at[0]) < 40*time.Millisecond {
-		t.Errorf("got %v, want two stamps that are 40 ms apart and after %v", at, before)
+	if len(at) != 2 || at[0].Before(before) || at[1].Sub(at[0]) < 40*time.Millisecond || at[1].After(released) {
+		t.Errorf("got stamps %v, want two, after %v, 50 ms apart, before the delivery at %v", at, before, released)
 	}
-}
-
-// fifo makes a FIFO; fifoPath finds it in a script.
-func fifo(t *testing.T) string {
-	t.Helper()
-	path := t.TempDir() + "/fifo"
-	mkfifo(t, path)
-	return path
-}
-
-func fifoPath(script string) string {
-	return strings.TrimSuffix(strings.Fields(strings.SplitAfter(script, "<")[1])[0], ";")
 }
 
 func TestSlowAgentBlocksTheStepAndNothingElse(t *testing.T) {

@@ -10,17 +10,8 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/mayfly-ci/mayfly/sandbox"
 )
-
-func mkfifo(t *testing.T, path string) {
-	t.Helper()
-	if err := unix.Mkfifo(path, 0o666); err != nil {
-		t.Fatal(err)
-	}
-}
 
 // inBox returns the command lines of the processes in the box, but for the
 // guest, as this machine sees them.

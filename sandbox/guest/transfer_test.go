@@ -190,7 +190,7 @@ func TestPutWithLinksThatTheJobMade(t *testing.T) {
 	t.Parallel()
 	b := newBox(t, "")
 	inside, outside, _ := scene(t, nil)
-	b.must(t, "cd "+inside+"; ln -s "+outside+" dir; ln -s "+outside+"/canary file; ln -s ../outside up; mkfifo fifo; mkdir full; ln "+outside+"/canary hard")
+	b.must(t, "cd "+inside+"; ln -s "+outside+" dir; ln -s "+outside+"/canary file; ln -s ../outside up; mkfifo fifo; mkdir full; ln -s full alias; ln "+outside+"/canary hard")
 	for name, refused := range map[string]bool{"dir/canary": true, "up/canary": true, "full": true, "file": false, "fifo": false, "hard": false} {
 		err := b.Put(t.Context(), inside, tarOf(t, file(name, "x")))
 		if errors.Is(err, guest.ErrRefused) != refused || (err != nil) != refused {
@@ -200,8 +200,10 @@ func TestPutWithLinksThatTheJobMade(t *testing.T) {
 	if got, _ := os.ReadFile(filepath.Join(outside, "canary")); string(got) != "alive" {
 		t.Errorf("canary: got %q, want alive: a put wrote through a link", got)
 	}
-	if err := b.Put(t.Context(), inside+"/dir/new", tarOf(t, file("a", "x"))); !errors.Is(err, guest.ErrRefused) {
-		t.Errorf("directory behind a link: got %v, want ErrRefused", err)
+	for _, dir := range []string{"/dir/new", "/up/new", "/alias", "/alias/new"} {
+		if err := b.Put(t.Context(), inside+dir, tarOf(t, file("a", "x"))); !errors.Is(err, guest.ErrRefused) {
+			t.Errorf("directory %s behind a link: got %v, want ErrRefused", dir, err)
+		}
 	}
 }
 
