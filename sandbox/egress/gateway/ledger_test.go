@@ -19,31 +19,8 @@ import (
 func TestFlood(t *testing.T) {
 	t.Parallel()
 	b := newBox(t, gateway.Config{})
-	block := make(chan struct{})
-	b.mu.Lock()
-	b.block = block
-	b.mu.Unlock()
 	const sent = 20_000
-	err := b.net.Do(func() error {
-		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			return err
-		}
-		defer unix.Close(fd)
-		for range sent {
-			if err := unix.Sendto(fd, []byte("x"), 0, &unix.SockaddrInet4{Port: 443, Addr: [4]byte{203, 0, 113, 9}}); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	b.mu.Lock()
-	b.block = nil
-	b.mu.Unlock()
-	close(block)
+	b.flood(sent)
 	// What is missing shows in the number of the next packet that is not.
 	tries := 0
 	lines := b.await("line of a later packet", func(all []egress.Line) bool {
@@ -69,6 +46,45 @@ func TestFlood(t *testing.T) {
 	if total := seen + missing + late; missing == 0 || total < sent || total > sent+tries {
 		t.Errorf("%d packets with lines and %d counted as missing, want %d together, and some missing", seen, missing, sent)
 	}
+}
+
+// flood sends refused datagrams while the ledger blocks.
+func (b *box) flood(n int) {
+	b.tb.Helper()
+	block := make(chan struct{})
+	b.mu.Lock()
+	b.block = block
+	b.mu.Unlock()
+	err := b.net.Do(func() error {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		for range n {
+			if err := unix.Sendto(fd, []byte("x"), 0, &unix.SockaddrInet4{Port: 443, Addr: [4]byte{203, 0, 113, 9}}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		b.tb.Fatal(err)
+	}
+	b.mu.Lock()
+	b.block = nil
+	b.mu.Unlock()
+	close(block)
+}
+
+// TestFloodAtTheEnd: if no packet follows the dropped ones, the end says so.
+func TestFloodAtTheEnd(t *testing.T) {
+	t.Parallel()
+	b := newBox(t, gateway.Config{})
+	b.flood(20_000)
+	b.await("line of the first packet", has(func(l egress.Line) bool { return l.Address == "203.0.113.9" }))
+	b.close()
+	b.await("line of what is missing", refusedWith("last refused packets have no line"))
 }
 
 // TestLedgerThatBlocks: Close waits for it, and can be called again.
