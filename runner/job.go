@@ -72,7 +72,7 @@ func (l *life) spec(plan policy.Plan, deadline time.Time) sandbox.Spec {
 // refused one in the job's log with the rule that would allow it.
 func (l *life) ledger(line egress.Line) error {
 	var err error
-	if line.Verdict != egress.Allowed {
+	if line.Verdict == egress.Refused || line.Verdict == egress.Failed {
 		err = errors.New(string(line.Verdict) + ": " + line.Reason)
 	}
 	object := line.Name
@@ -80,7 +80,7 @@ func (l *life) ledger(line egress.Line) error {
 		object = line.Address
 	}
 	werr := l.audit(context.Background(), l.log.Job, "egress."+line.Network, object, err,
-		"gateway", line.Gateway, "address", line.Address, "port", number(int64(line.Port)),
+		"verdict", string(line.Verdict), "gateway", line.Gateway, "address", line.Address, "port", number(int64(line.Port)),
 		"protocol", string(line.Protocol), "rule", line.Rule, "dialled", line.Dialled,
 		"sent", number(line.Sent), "received", number(line.Received), "duration", line.Duration.String())
 	if err != nil {
@@ -112,6 +112,19 @@ func (l *life) setOutcome(r providers.Result) {
 	if err := errors.Join(err, jerr); err != nil {
 		l.cfg.Log.Error().Err(err).Str("job", l.log.Job).Msg("outcome")
 	}
+}
+
+// outcome is how the job ended, as the journal has it.
+func outcome(log *journal.Log) (providers.Result, error) {
+	raw := log.Outcome()
+	if raw == nil {
+		return providers.Result{Conclusion: providers.Lost, Reason: "the agent died while the job ran"}, nil
+	}
+	var r providers.Result
+	if err := json.Unmarshal(raw, &r); err != nil {
+		return r, fmt.Errorf("outcome: %w", err)
+	}
+	return r, nil
 }
 
 // conclude turns the error that ended a job into its result. The cause of the

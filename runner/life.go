@@ -2,7 +2,6 @@ package runner
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"time"
@@ -269,16 +268,14 @@ func (a *Agent) report(ctx context.Context, log *journal.Log, d journal.Debt, ou
 	if !ok {
 		return fmt.Errorf("provider %q is not configured any more: configure it until this job is reported", d.By)
 	}
-	result := providers.Result{Conclusion: providers.Lost, Reason: "the agent died while the job ran"}
-	if raw := log.Outcome(); raw != nil {
-		if err := json.Unmarshal(raw, &result); err != nil {
-			return fmt.Errorf("outcome: %w", err)
-		}
+	result, err := outcome(log)
+	if err != nil {
+		return err
 	}
 	if err := a.closeLog(ctx, provider, d, out, result); err != nil && !late {
 		return fmt.Errorf("log: %w", err)
 	}
-	err := a.audit(ctx, log.Job, "job.complete", d.Name, nil, "conclusion", string(result.Conclusion), "reason", result.Reason)
+	err = a.audit(ctx, log.Job, "job.complete", d.Name, nil, "conclusion", string(result.Conclusion), "reason", result.Reason)
 	if err != nil {
 		return err
 	}

@@ -145,11 +145,11 @@ func (a *Agent) Run(drain, kill context.Context) error {
 
 	work, done := context.WithCancel(drain)
 	defer done()
-	kill, cancel := context.WithCancelCause(kill)
+	jobs, cancel := context.WithCancelCause(kill)
 	defer cancel(nil)
 	if a.cfg.Drain > 0 {
 		context.AfterFunc(drain, func() {
-			if pause(kill, a.cfg.Drain) {
+			if pause(jobs, a.cfg.Drain) {
 				cancel(ErrStopping)
 			}
 		})
@@ -157,7 +157,7 @@ func (a *Agent) Run(drain, kill context.Context) error {
 	wg.Go(func() { a.reapLoop(work) })
 	var left errorList
 	for name := range a.cfg.Providers {
-		wg.Go(func() { a.poll(work, kill, name, done, &left) })
+		wg.Go(func() { a.poll(work, jobs, name, done, &left) })
 	}
 	wg.Wait()
 	return errors.Join(recovered, left.err())

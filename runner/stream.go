@@ -137,19 +137,14 @@ func (s *stream) notice(step int, text string) {
 	}
 }
 
+// say goes past the masking writer: what that holds back may be the beginning of
+// a secret, and must not be cut off from its end by a line in between.
 func (s *stream) say(text string) error {
-	if err := s.out.Flush(); err != nil {
-		return err
-	}
+	text = noticeMark + s.set.Mask(text) + "\n"
 	if s.midline {
-		text = "\n" + noticeMark + text
-	} else {
-		text = noticeMark + text
+		text = "\n" + text
 	}
-	if _, err := s.out.Write([]byte(text + "\n")); err != nil {
-		return err
-	}
-	return s.out.Flush()
+	return s.send([]byte(text))
 }
 
 // refusal shows a refused attempt to reach something, once, with what would
