@@ -231,6 +231,6 @@ func (fileIssuer) List(context.Context) ([]creds.Info, error) { return nil, erro
 // noGateway lets nothing through and holds nothing: gateways end with the agent.
 type noGateway struct{}
 
-func (noGateway) Open(context.Context, string, egress.Opening) error    { return nil }
+func (noGateway) Open(context.Context, string, egress.Opening) error   { return nil }
 func (noGateway) Attach(context.Context, string, egress.Sockets) error { return nil }
 func (noGateway) Close(context.Context, string) error                  { return nil }

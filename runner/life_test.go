@@ -114,11 +114,13 @@ func TestHowAJobEnds(t *testing.T) {
 		{"step timeout", nil, []providers.Step{{Run: "block", TimeoutMinutes: "1"}, {Run: "print after", If: "always()"}}, providers.Failure, "after"},
 		{
 			"cancelled by the provider", func(w *world, _ context.CancelCauseFunc) { close(w.cancel) },
-			[]providers.Step{{Run: "block"}, {Run: "print never"}, {Run: "print cleanup", If: "always()"}}, providers.Cancelled, "cleanup",
+			[]providers.Step{{Run: "block"}, {Run: "print never"}, {Run: "print cleanup", If: "always()"}},
+			providers.Cancelled, "cleanup",
 		},
 		{
 			"agent stopped", func(_ *world, kill context.CancelCauseFunc) { kill(runner.ErrStopping) },
-			[]providers.Step{{Run: "block"}, {Run: "print never", If: "always()"}}, providers.Cancelled, "told to stop",
+			[]providers.Step{{Run: "block"}, {Run: "print never", If: "always()"}},
+			providers.Cancelled, "told to stop",
 		},
 		{"bad expression", nil, []providers.Step{{Run: "print ${{ nosuch( }}"}}, providers.Failure, "mayfly: step"},
 	}

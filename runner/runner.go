@@ -79,7 +79,6 @@ type Agent struct {
 	cfg   Config
 	state *State
 	slots chan struct{}
-	once  sync.Once
 
 	mu    sync.Mutex
 	jobs  map[string]bool // that may own something: the reaper keeps off them

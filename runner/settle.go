@@ -52,19 +52,22 @@ func (a *Agent) settle(ctx context.Context, log *journal.Log, out *stream) error
 func (a *Agent) giveUpWaiting(ctx context.Context, log *journal.Log, out *stream, why error) func() {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.cfg.ReleaseTimeout)
 	defer cancel()
+	free := func() {}
+	if owed(log, kindBox) {
+		free = a.jam() // before the service hears that we have a slot
+	}
 	err := a.audit(ctx, log.Job, "release.stuck", log.Job, why)
 	for _, d := range log.Debts() {
 		if d.Kind == kindClaim && err == nil {
-			err = errors.Join(a.report(ctx, log, d, out, true), log.Release(d.Name))
+			if err = a.report(ctx, log, d, out, true); err == nil {
+				err = log.Release(d.Name)
+			}
 		}
 	}
 	if err != nil {
 		a.cfg.Log.Error().Err(err).Str("job", log.Job).Msg("report of a stuck job")
 	}
-	if !owed(log, kindBox) {
-		return func() {}
-	}
-	return a.jam()
+	return free
 }
 
 // probe uses a revoked lease until its provider refuses it, or ctx ends.

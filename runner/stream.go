@@ -20,6 +20,10 @@ import (
 // ledger has them all.
 const refusalsShown = 50
 
+// pendingMax is how many lines of the agent's own wait for the end of a line of
+// the job's; after that they break it.
+const pendingMax = 8
+
 // noticeMark begins every line that the agent adds to a job's log.
 const noticeMark = "mayfly: "
 
@@ -34,7 +38,8 @@ type stream struct {
 	at      time.Time // of the bytes that are being written
 	index   int       // step that they are from
 	midline bool
-	left    int64 // bytes that the plan still allows
+	pending []string // lines of the agent's own, for when the job's line ends
+	left    int64    // bytes that the plan still allows
 	shown   map[refusal]bool
 	err     error // the first failure of the provider's log
 }
@@ -115,14 +120,14 @@ func (s *stream) write(at time.Time, step int, b []byte) error {
 func (s *stream) flush() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return errors.Join(s.err, s.out.Flush())
+	return errors.Join(s.err, s.out.Flush(), s.sayPending())
 }
 
 // notLost sends what is held back, whatever became of earlier lines.
 func (s *stream) notLost() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := s.out.Flush(); s.err == nil {
+	if err := errors.Join(s.out.Flush(), s.sayPending()); s.err == nil {
 		s.err = err
 	}
 }
@@ -140,11 +145,25 @@ func (s *stream) notice(step int, text string) {
 // say goes past the masking writer: what that holds back may be the beginning of
 // a secret, and must not be cut off from its end by a line in between.
 func (s *stream) say(text string) error {
-	text = noticeMark + s.set.Mask(text) + "\n"
-	if s.midline {
-		text = "\n" + text
+	s.pending = append(s.pending, noticeMark+s.set.Mask(text)+"\n")
+	if s.midline && len(s.pending) <= pendingMax {
+		return nil
 	}
-	return s.send([]byte(text))
+	return s.sayPending()
+}
+
+func (s *stream) sayPending() error {
+	lines := s.pending
+	s.pending = nil
+	for _, line := range lines {
+		if s.midline {
+			line = "\n" + line
+		}
+		if err := s.send([]byte(line)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // refusal shows a refused attempt to reach something, once, with what would
@@ -192,10 +211,15 @@ func (s *stream) send(b []byte) error {
 		return nil
 	}
 	s.midline = b[len(b)-1] != '\n'
-	if s.log == nil {
-		return nil
+	if s.log != nil {
+		if err := s.log.Write(s.at, s.index, b); err != nil {
+			return err
+		}
 	}
-	return s.log.Write(s.at, s.index, b)
+	if !s.midline && len(s.pending) > 0 {
+		return s.sayPending()
+	}
+	return nil
 }
 
 // closeLog makes the log whole before the result is reported. After a crash

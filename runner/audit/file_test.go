@@ -287,8 +287,15 @@ func TestDurability(t *testing.T) {
 		action string
 		want   int
 	}{
-		{"egress.tcp", 0}, {"lease.issue", 0}, {"job.complete", 1}, {"job.admit", 1},
-		{"lease.unprovable", 2}, {"release.stuck", 3}, {"reap", 4}, {"audit.anything", 5}, {"auditor", 5},
+		{"egress.tcp", 0},
+		{"lease.issue", 0},
+		{"job.complete", 1},
+		{"job.admit", 1},
+		{"lease.unprovable", 2},
+		{"release.stuck", 3},
+		{"reap", 4},
+		{"audit.anything", 5},
+		{"auditor", 5},
 	} {
 		add(t, f, audit.Event{Time: at(1), Action: c.action})
 		if fsyncs != c.want {
