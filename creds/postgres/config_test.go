@@ -52,10 +52,8 @@ func TestValidate(t *testing.T) {
 	}
 }
 
-// TestPasswordIsNotPrinted looks at every way in which connecting goes wrong.
-func TestPasswordIsNotPrinted(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
+// testPasswordIsNotPrinted looks at every way in which connecting goes wrong.
+func testPasswordIsNotPrinted(t *testing.T, w *world) {
 	const secret = `s3cret'\ pass:word@/?x=y%41`
 	for what, change := range map[string]func(*postgres.Config){
 		"wrong password": func(*postgres.Config) {},
@@ -84,10 +82,8 @@ func TestPasswordIsNotPrinted(t *testing.T) {
 	}
 }
 
-// TestPasswordFile is read again for each connection.
-func TestPasswordFile(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
+// testPasswordFile is read again for each connection.
+func testPasswordFile(t *testing.T, w *world) {
 	file := filepath.Join(t.TempDir(), "password")
 	c := w.config()
 	c.Password, c.PasswordFile = creds.Secret{}, file
@@ -109,9 +105,8 @@ func TestPasswordFile(t *testing.T) {
 	}
 }
 
-// TestEnvironmentIsIgnored: what libpq's variables say is for other programs.
-func TestEnvironmentIsIgnored(t *testing.T) {
-	w := newWorld(t)
+// testEnvironmentIsIgnored: what libpq's variables say is for other programs.
+func testEnvironmentIsIgnored(t *testing.T, w *world) {
 	for k, v := range map[string]string{
 		"PGHOST": "elsewhere.invalid", "PGPORT": "1", "PGUSER": "nobody", "PGDATABASE": "nosuch", "PGPASSWORD": "wrong", "PGSSLMODE": "verify-full",
 		"PGSSLROOTCERT": "/no/such/file", "PGSSLCERT": "/no/such/file", "PGSSLKEY": "/no/such/file", "PGOPTIONS": "-c search_path=shop", "PGAPPNAME": "psql",
@@ -132,10 +127,8 @@ func TestEnvironmentIsIgnored(t *testing.T) {
 	}
 }
 
-// TestTLS: who the server is, is checked before it hears anything.
-func TestTLS(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
+// testTLS: who the server is, is checked before it hears anything.
+func testTLS(t *testing.T, w *world) {
 	ca, cert, key := certificate(t, "127.0.0.1")
 	for name, content := range map[string][]byte{"tls.crt": cert, "tls.key": key} {
 		path := filepath.Join(w.Dir(), name)

@@ -7,7 +7,7 @@
 //
 // The server must be PostgreSQL 14 or later, reached directly: a pooler between
 // would answer logins itself. The administrator is a superuser, or a role with
-// CREATEROLE that may grant what the policy asks for.
+// CREATEROLE and pg_signal_backend that may grant what the policy asks for.
 //
 // What it cannot do: sessions that are open when the role expires go on until
 // it is revoked (PostgreSQL looks at VALID UNTIL at login only). What a job

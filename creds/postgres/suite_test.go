@@ -13,20 +13,16 @@ import (
 	"github.com/mayfly-ci/mayfly/creds/credstest"
 )
 
-func TestConformance(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
+func testConformance(t *testing.T, w *world) {
 	credstest.Run(t, func(*testing.T) credstest.Harness { return w.harness().suite() })
 }
 
-// TestConformanceWithoutSuperuser: the least that the administrator can be.
-func TestConformanceWithoutSuperuser(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
-	w.run("postgres", "CREATE ROLE minter LOGIN CREATEROLE PASSWORD 'm1nter-password'", "GRANT ALL ON DATABASE app TO minter WITH GRANT OPTION")
-	w.run("app", "ALTER SCHEMA shop OWNER TO minter", "ALTER TABLE shop.items OWNER TO minter")
+// testConformanceWithoutSuperuser: the least that the administrator can be.
+func testConformanceWithoutSuperuser(t *testing.T, w *world) {
+	w.run("postgres", "CREATE ROLE deputy LOGIN CREATEROLE PASSWORD 'd3puty-password'", "GRANT pg_signal_backend TO deputy", "GRANT ALL ON DATABASE app TO deputy WITH GRANT OPTION")
+	w.run("app", "ALTER SCHEMA shop OWNER TO deputy", "ALTER TABLE shop.items OWNER TO deputy")
 	c := w.config()
-	c.User, c.Password = "minter", creds.NewSecret("m1nter-password")
+	c.User, c.Password = "deputy", creds.NewSecret("d3puty-password")
 	w.issuer = w.newIssuer(c)
 	credstest.Run(t, func(*testing.T) credstest.Harness { return w.harness().suite() })
 }
@@ -142,4 +138,40 @@ func BenchmarkIssuer(b *testing.B) {
 	b.ReportMetric(median(issue), "ms/issue")
 	b.ReportMetric(median(revoke), "ms/revoke")
 	b.ReportMetric(median(probe), "ms/probe")
+}
+
+// TestOneServer runs, one after the other, all that can share a server.
+func TestOneServer(t *testing.T) {
+	w := newWorld(t, "log_statement=all", "log_min_duration_statement=0", "log_error_verbosity=verbose")
+	for _, test := range []struct {
+		name string
+		run  func(*testing.T, *world)
+	}{
+		{"Role", testRole},
+		{"EmptyScope", testEmptyScope},
+		{"Names", testNames},
+		{"HostileIdentifiers", testHostileIdentifiers},
+		{"Membership", testMembership},
+		{"PartialGrant", testPartialGrant},
+		{"Expiry", testExpiry},
+		{"ClockSkew", testClockSkew},
+		{"PasswordIsNotPrinted", testPasswordIsNotPrinted},
+		{"PasswordFile", testPasswordFile},
+		{"EnvironmentIsIgnored", testEnvironmentIsIgnored},
+		{"OwnedObjects", testOwnedObjects},
+		{"Dependents", testDependents},
+		{"PreparedTransactions", testPreparedTransactions},
+		{"LockedByOthers", testLockedByOthers},
+		{"ForeignRoles", testForeignRoles},
+		{"LogsInMeanwhile", testLogsInMeanwhile},
+		{"RevokeBesideRevoke", testRevokeBesideRevoke},
+		{"IssueOvertaken", testIssueOvertaken},
+		{"ServerGoesAway", testServerGoesAway},
+		{"KilledAtEveryPoint", testKilledAtEveryPoint},
+		{"Conformance", testConformance},
+		{"ConformanceWithoutSuperuser", testConformanceWithoutSuperuser},
+		{"TLS", testTLS},
+	} {
+		t.Run(test.name, func(t *testing.T) { test.run(t, &world{w.Server, t, w.issuer}) })
+	}
 }

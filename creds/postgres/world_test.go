@@ -133,7 +133,9 @@ func (w *world) issue(name, scope string) creds.Lease {
 // wantDead revokes by the name alone and wants nothing left but the proof.
 func (w *world) wantDead(name string, l creds.Lease) {
 	w.t.Helper()
-	if err := w.issuer.Revoke(w.t.Context(), name, nil); err != nil {
+	ctx, cancel := context.WithTimeout(w.t.Context(), 30*time.Second)
+	defer cancel()
+	if err := w.issuer.Revoke(ctx, name, nil); err != nil {
 		w.t.Fatalf("Revoke: %v", err)
 	}
 	p, err := w.issuer.Probe(w.t.Context(), name, l.Handle)
