@@ -1,0 +1,95 @@
+// Command client is what the benchmark runs in a box, and outside of it for
+// comparison, to measure a network.
+//
+//	client stream ADDRESS     bytes and nanoseconds from connect to the end of the stream
+//	client connect ADDRESS N  nanoseconds of each of N connects with a byte there and back
+package main
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strconv"
+	"time"
+)
+
+func main() {
+	if err := run(os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "client:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string) error {
+	if len(args) == 2 && args[0] == "stream" {
+		return stream(args[1])
+	}
+	if len(args) == 3 && args[0] == "connect" {
+		n, err := strconv.Atoi(args[2])
+		if err != nil {
+			return err
+		}
+		return connect(args[1], n)
+	}
+	return fmt.Errorf("arguments %q", args)
+}
+
+func stream(address string) error {
+	start := time.Now()
+	conn, err := dial(address, "s")
+	if err != nil {
+		return err
+	}
+	var total int64
+	for buf := make([]byte, 256<<10); ; {
+		n, err := conn.Read(buf)
+		total += int64(n)
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return err
+		}
+	}
+	fmt.Println(total, time.Since(start).Nanoseconds())
+	return conn.Close()
+}
+
+func connect(address string, n int) error {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return err
+	}
+	found, err := net.LookupHost(host) // not part of the figure
+	if err != nil {
+		return err
+	}
+	for range n {
+		start := time.Now()
+		conn, err := dial(net.JoinHostPort(found[0], port), "c")
+		if err != nil {
+			return err
+		}
+		if _, err := io.ReadFull(conn, make([]byte, 1)); err != nil {
+			return err
+		}
+		fmt.Println(time.Since(start).Nanoseconds())
+		if err := conn.Close(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// dial connects and says what is wanted.
+func dial(address, what string) (net.Conn, error) {
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := io.WriteString(conn, what); err != nil {
+		return nil, err
+	}
+	return conn, nil
+}
