@@ -18,9 +18,9 @@ import (
 )
 
 var (
-	// ErrGone reports that an offer is no longer there: somebody else took
-	// it, or asking is taking and there was nothing. Nothing is owed.
-	ErrGone = errors.New("offer is gone")
+	// ErrGone reports that an offer or a claim is not there: somebody else
+	// took it, or asking is taking and there was nothing. Nothing is owed.
+	ErrGone = errors.New("gone")
 
 	// ErrCancelled is returned by Watch when the service wants the job stopped.
 	ErrCancelled = errors.New("cancelled by the provider")
@@ -138,7 +138,8 @@ type Provider interface {
 // A Logger is a Provider that shows the job's log.
 type Logger interface {
 	// Log opens the log of a claimed job. After a crash it is opened again and
-	// goes on behind what was written.
+	// goes on behind what was written. It returns ErrGone if no claim stands
+	// under name: never made, cut short, or given up.
 	Log(ctx context.Context, name string, ref []byte) (Log, error)
 }
 

@@ -175,6 +175,7 @@ func TestBoxThatWillNotDie(t *testing.T) {
 				t.Errorf("the result was held back for %v, want a little over two minutes", held)
 			}
 		}
+		synctest.Wait() // a poll that is being given up would swallow the offer of this world
 		w.offers <- job(providers.Step{Run: "print three"})
 		time.Sleep(10 * time.Minute)
 		if n := len(w.offers); n != 1 {
