@@ -177,22 +177,24 @@ func (r *Runtime) start(b *box, first uint32) (*sockets, error) {
 	if err != nil {
 		return nil, err
 	}
-	files := append(make([]*os.File, 3), guestEnds...)
+	// One slot for each descriptor, up to the program's own.
+	files := make([]*os.File, guestFD+1)
+	copy(files[boxinit.ControlFD:], guestEnds)
 	if r.cfg.Unprivileged {
 		life, err := r.lockLife(b.name)
 		if err != nil {
 			return nil, errors.Join(err, near.close(), closeAll(guestEnds))
 		}
-		files, guestEnds = append(files, life), append(guestEnds, life)
+		files[boxinit.LifeFD], guestEnds = life, append(guestEnds, life)
 	}
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		return nil, errors.Join(err, near.close(), closeAll(guestEnds))
 	}
-	files[0], files[1], files[2] = null, null, null
+	files[0], files[1], files[2], files[guestFD] = null, null, null, r.guest
 	run := func(attr *syscall.SysProcAttr) error {
 		r.namespace(attr, first)
-		b.process, err = os.StartProcess("/proc/self/fd/"+strconv.Itoa(int(r.guest.Fd())),
+		b.process, err = os.StartProcess("/proc/self/fd/"+strconv.Itoa(guestFD),
 			[]string{"mayfly-guest", "box"}, &os.ProcAttr{Dir: "/", Env: []string{}, Files: files, Sys: attr})
 		return err
 	}

@@ -100,8 +100,11 @@ type Runtime struct {
 var _ sandbox.Runtime = (*Runtime)(nil)
 
 const (
-	// guestFD is above every descriptor that a guest is started with.
-	guestFD      = 16
+	// guestFD is where the child that becomes the guest has its program. It is
+	// one of the descriptors that the child is given: of others os.StartProcess
+	// overwrites some in the child, while it moves those that it gives. The
+	// guest closes all that come after LifeFD.
+	guestFD      = boxinit.LifeFD + 1
 	defaultFirst = 1 << 30
 	defaultSlots = 1024
 )
@@ -224,12 +227,7 @@ func sealed(b []byte) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The child executes it by number after its own descriptors are in place.
-	high, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, guestFD)
-	if err := errors.Join(err, unix.Close(fd)); err != nil {
-		return nil, err
-	}
-	f := os.NewFile(uintptr(high), "mayfly-guest")
+	f := os.NewFile(uintptr(fd), "mayfly-guest")
 	_, err = f.Write(b)
 	if err == nil {
 		err = f.Chmod(0o555)

@@ -32,7 +32,7 @@ const Host = "mayfly"
 func Run() error {
 	// Capabilities and filters belong to a thread, and this one is to execute.
 	runtime.LockOSThread()
-	if err := unix.CloseRange(lifeFD+1, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+	if err := unix.CloseRange(LifeFD+1, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return fmt.Errorf("close-on-exec: %w", err)
 	}
 	s, err := prepare()

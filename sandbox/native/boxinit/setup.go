@@ -10,7 +10,7 @@ import (
 const (
 	ControlFD = 3 // SOCK_STREAM: the guest protocol
 	SetupFD   = 4 // SOCK_SEQPACKET: the Setup in, the answer out
-	lifeFD    = 5 // unprivileged: a lock that is held for as long as it is open
+	LifeFD    = 5 // unprivileged: a lock that is held for as long as it is open
 )
 
 // Dirs is how many layers and how many hidden paths a box may have: the disk
