@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/signal"
 	"syscall"
@@ -25,10 +26,30 @@ func runAgent(c *call) error {
 	}
 	drain, kill, stop := signals(context.Background())
 	defer stop()
+	if err := w.probe(kill); err != nil {
+		return err
+	}
 	w.agent.Log.Info().Str("version", version).Str("installation", w.state.Owner).
 		Int64("generation", w.state.Generation).Int("slots", w.agent.Slots).
 		Str("policy", w.agent.Policy.Digest()).Msg("agent")
 	return agent.Run(drain, kill)
+}
+
+// probe makes one box of each runtime before the first job does: a machine that
+// cannot hold a box takes no jobs, and the first job finds the base ready.
+func (w *wiring) probe(ctx context.Context) error {
+	for name, runtime := range w.agent.Runtimes {
+		claims, err := runtime.Check(ctx)
+		if err != nil {
+			return fmt.Errorf("runtime %s: %w", name, err)
+		}
+		for _, c := range claims {
+			if !c.Enforced {
+				w.agent.Log.Warn().Str("runtime", name).Str("claim", c.Name).Str("detail", c.Detail).Msg("not enforced here")
+			}
+		}
+	}
+	return nil
 }
 
 // signals returns a context that ends with the first SIGTERM or SIGINT, and one
