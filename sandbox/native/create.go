@@ -21,7 +21,10 @@ import (
 const (
 	runBytes = 64 << 20 // of /run/mayfly; counted as memory
 	shmBytes = 64 << 20 // of /dev/shm; counted as memory
-	maxFiles = 1 << 16  // open files of a process, where the agent's own limit allows
+	// tmpfsInodes are added to those of an unprivileged box for what it starts
+	// with, and are a little fewer, so that it never may make more than its limit.
+	tmpfsInodes = 100
+	maxFiles    = 1 << 16 // open files of a process, where the agent's own limit allows
 )
 
 // namespaces of a box: all that Linux has but time.
@@ -162,7 +165,7 @@ func (r *Runtime) plan(s sandbox.Spec, etc string) (*boxinit.Setup, []boxinit.La
 		Filter: r.filter,
 	}
 	if r.cfg.Unprivileged {
-		setup.DiskBytes, setup.DiskInodes = uint64(s.Limits.Disk), uint64(s.Limits.Inodes)+ownInodes
+		setup.DiskBytes, setup.DiskInodes = uint64(s.Limits.Disk), uint64(s.Limits.Inodes)+tmpfsInodes
 		setup.Processes = uint64(s.Limits.Pids)
 	}
 	if !s.Expires.IsZero() {
