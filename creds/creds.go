@@ -65,7 +65,7 @@ type Lease struct {
 	Facts map[string]string
 	// Handle is what Revoke and Probe need and cannot derive from the name.
 	// The journal stores it sealed.
-	Handle []byte
+	Handle Handle
 	// ByName says that Revoke needs nothing but the name, so that a handle
 	// lost with the power costs a weaker proof and never a live credential.
 	// The journal then saves the handle without waiting for the disk.

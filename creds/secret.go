@@ -42,3 +42,17 @@ func (Secret) GoString() string { return Placeholder }
 
 // MarshalText implements encoding.TextMarshaler, which JSON and YAML honour.
 func (Secret) MarshalText() ([]byte, error) { return []byte(Placeholder), nil }
+
+// A Handle is what an issuer needs to revoke and probe a lease: often the
+// credential itself. Like a Secret it prints as [Placeholder]; the journal
+// stores it sealed. Plain byte slices are assignable to it.
+type Handle []byte
+
+// Format implements fmt.Formatter, for all verbs.
+func (Handle) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, Placeholder) }
+
+// String implements fmt.Stringer.
+func (Handle) String() string { return Placeholder }
+
+// MarshalText implements encoding.TextMarshaler, which JSON and YAML honour.
+func (Handle) MarshalText() ([]byte, error) { return []byte(Placeholder), nil }

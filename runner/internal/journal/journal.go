@@ -26,6 +26,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/runner/internal/failpoint"
 	"github.com/mayfly-ci/mayfly/runner/internal/seal"
 )
@@ -48,8 +49,8 @@ type Debt struct {
 	By    string `json:"by,omitempty"`    // which provider, runtime or issuer of the configuration
 	Scope string `json:"scope,omitempty"` // step that it is for; "" is the job
 
-	Handle []byte `json:"-"` // opened; nil if the agent died before learning it
-	Tried  bool   `json:"-"` // this life of the agent may have made it; after a crash always true
+	Handle creds.Handle `json:"-"` // opened; nil if the agent died before learning it
+	Tried  bool         `json:"-"` // this life of the agent may have made it; after a crash always true
 }
 
 type op string
