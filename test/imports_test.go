@@ -47,7 +47,7 @@ func table() []row {
 		{"runner/audit", "", "a contract; an auditor reads the file without the agent"},
 		{"runner/audit/...", "runner/audit", "the suite of the contract"},
 		{"runner/policy", "providers sandbox sandbox/egress creds configs/strict", "pure: types of the contracts, and the decoder that refuses unknown keys"},
-		{"runner/internal/...", "runner/internal/...", "the journal knows names and bytes, not what they stand for"},
+		{"runner/internal/...", "runner/internal/... creds", "the journal knows names and handles, which do not print, and not what they stand for"},
 		{"runner", "providers providers/workflow sandbox sandbox/egress creds creds/mask runner/policy runner/audit runner/internal/...", "the life of a job is written against contracts: it knows no implementation"},
 		{"configs/strict", "", "one way to read YAML, for configuration and policy"},
 		{"configs", "configs/strict creds", "splits a file into sections, which their owners decode; a secret is named by its file"},
