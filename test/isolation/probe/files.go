@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -182,6 +183,7 @@ func copySelf(program, file string) error {
 
 // terminal types a character into a terminal of its own by TIOCSTI.
 func terminal() error {
+	signal.Ignore(unix.SIGHUP) // it is the last to use it
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
 		return err

@@ -10,22 +10,17 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
-	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
-// heap is where the memory of a Go program begins.
-func heap() uintptr {
-	if runtime.GOARCH == "arm64" {
-		return 0x4000000000
-	}
-	return 0xc000000000
-}
-
-// heapSize is how much of it is looked at.
-const heapSize = 1 << 20
+// A victim has its token at this address, a page that nobody else has (Linux
+// keeps programs and their heaps elsewhere).
+const (
+	heldAt   = 0x500000000000
+	heldSize = 4096
+)
 
 // processes are the ways into a process, and the process to try them on.
 func processes() map[string]probe {
@@ -52,27 +47,42 @@ func victim(token string) error {
 	if os.Getenv("TOKEN") == "" {
 		return fmt.Errorf("no TOKEN in the environment: %w", errUsage)
 	}
-	held := strings.Repeat(token+" ", 10)
+	if err := hold(token); err != nil {
+		return err
+	}
 	ended := make(chan os.Signal, 1)
 	signal.Notify(ended, unix.SIGTERM)
 	fmt.Println("ready")
 	<-ended
-	runtime.KeepAlive(held)
 	return nil
+}
+
+// hold puts token where the attacks look.
+func hold(token string) error {
+	_, _, e := unix.Syscall6(unix.SYS_MMAP, heldAt, heldSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_FIXED_NOREPLACE, ^uintptr(0), 0)
+	if e != 0 {
+		return fmt.Errorf("memory: %w", e)
+	}
+	f, err := os.OpenFile("/proc/self/mem", os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt([]byte(token), heldAt)
+	return errors.Join(err, f.Close())
 }
 
 // initProcess is a process 1 without any of what hides a guest: it holds the
 // token and calls an attack on itself. It is started in namespaces of its own.
 func initProcess(a []string) error {
-	held := strings.Repeat(a[2]+" ", 10)
 	if err := unix.Mount("proc", "/proc", "proc", 0, ""); err != nil {
 		return fmt.Errorf("mount /proc: %w", err)
 	}
+	if err := hold(a[2]); err != nil {
+		return err
+	}
 	cmd := exec.Command("/proc/self/exe", a...)
 	cmd.Stdout = os.Stdout
-	err := cmd.Run()
-	runtime.KeepAlive(held)
-	return err
+	return cmd.Run()
 }
 
 // commandLine looks for token among the arguments and environments of all
@@ -101,13 +111,16 @@ func memory(pid int, token string) error {
 		return err
 	}
 	defer f.Close()
-	b := make([]byte, heapSize)
-	n, err := f.ReadAt(b, int64(heap()))
+	b := make([]byte, heldSize)
+	n, err := f.ReadAt(b, heldAt)
 	return holds(b[:n], token, err)
 }
 
 func holds(b []byte, token string, err error) error {
 	switch {
+	case errors.Is(err, unix.EIO) || errors.Is(err, unix.EFAULT):
+		fmt.Println("granted, but nothing is there")
+		return nil
 	case len(b) == 0 && err != nil:
 		return err
 	case !bytes.Contains(b, []byte(token)):
@@ -117,10 +130,10 @@ func holds(b []byte, token string, err error) error {
 }
 
 func vmread(pid int, token string) error {
-	b := make([]byte, heapSize)
+	b := make([]byte, heldSize)
 	local := []unix.Iovec{{Base: &b[0]}}
 	local[0].SetLen(len(b))
-	n, err := unix.ProcessVMReadv(pid, local, []unix.RemoteIovec{{Base: heap(), Len: len(b)}}, 0)
+	n, err := unix.ProcessVMReadv(pid, local, []unix.RemoteIovec{{Base: heldAt, Len: len(b)}}, 0)
 	return holds(b[:max(n, 0)], token, err)
 }
 
