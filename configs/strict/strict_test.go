@@ -152,11 +152,11 @@ func TestManyProblems(t *testing.T) {
 
 func TestNode(t *testing.T) {
 	t.Parallel()
-	n, err := Parse([]byte("a: 1\nb: [x, y]\ntype: t\nnull: null\n"), "f.yaml")
+	_, err := Parse([]byte("a: 1\nb: [x, y]\ntype: t\nnull: null\n"), "f.yaml")
 	if err == nil {
 		t.Error("Parse: took a key that is not text")
 	}
-	n, err = Parse([]byte("a: 1\nb: [x, y]\ntype: t\nnone: null\n"), "f.yaml")
+	n, err := Parse([]byte("a: 1\nb: [x, y]\ntype: t\nnone: null\n"), "f.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}

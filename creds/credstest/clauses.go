@@ -150,7 +150,7 @@ func checkHeld(ctx context.Context, h Harness) error {
 	return h.issue(ctx, func(name string, l creds.Lease) error {
 		ended, err := h.Hold(ctx, l)
 		if err != nil {
-			return fmt.Errorf("Hold: %w", err)
+			return fmt.Errorf("hold: %w", err)
 		}
 		select {
 		case err := <-ended:

@@ -30,9 +30,11 @@ type world struct {
 func (w *world) Issue(ctx context.Context, name string, g creds.Grant) (creds.Lease, error) {
 	return w.issue(ctx, name, g)
 }
+
 func (w *world) Revoke(ctx context.Context, name string, handle []byte) error {
 	return w.revoke(ctx, name, handle)
 }
+
 func (w *world) Probe(ctx context.Context, name string, handle []byte) (creds.Proof, error) {
 	return w.probe(ctx, name, handle)
 }

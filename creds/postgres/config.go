@@ -136,10 +136,24 @@ func (c Config) connection() (*pgx.ConnConfig, error) {
 	var dsn strings.Builder
 	quote := strings.NewReplacer(`\`, `\\`, `'`, `\'`)
 	for _, p := range [][2]string{
-		{"host", c.Host}, {"port", strconv.Itoa(c.port())}, {"dbname", c.Database}, {"user", c.User},
-		{"sslmode", c.sslMode()}, {"sslrootcert", c.RootCA}, {"sslcert", ""}, {"sslkey", ""}, {"sslcertmode", "disable"},
-		{"sslnegotiation", "postgres"}, {"sslsni", "1"}, {"passfile", ""}, {"target_session_attrs", "any"}, {"connect_timeout", "0"},
-		{"min_protocol_version", "3.0"}, {"max_protocol_version", "3.0"}, {"channel_binding", "prefer"}, {"require_auth", ""},
+		{"host", c.Host},
+		{"port", strconv.Itoa(c.port())},
+		{"dbname", c.Database},
+		{"user", c.User},
+		{"sslmode", c.sslMode()},
+		{"sslrootcert", c.RootCA},
+		{"sslcert", ""},
+		{"sslkey", ""},
+		{"sslcertmode", "disable"},
+		{"sslnegotiation", "postgres"},
+		{"sslsni", "1"},
+		{"passfile", ""},
+		{"target_session_attrs", "any"},
+		{"connect_timeout", "0"},
+		{"min_protocol_version", "3.0"},
+		{"max_protocol_version", "3.0"},
+		{"channel_binding", "prefer"},
+		{"require_auth", ""},
 	} {
 		fmt.Fprintf(&dsn, "%s='%s' ", p[0], quote.Replace(p[1]))
 	}

@@ -149,9 +149,14 @@ func testTLS(t *testing.T, w *world) {
 		mode, ca, host string
 		ok             bool
 	}{
-		{"", good, "127.0.0.1", true}, {"verify-full", good, "localhost", false}, {"verify-ca", good, "localhost", true},
-		{"verify-full", bad, "127.0.0.1", false}, {"verify-ca", bad, "127.0.0.1", false}, {"verify-full", "", "127.0.0.1", false},
-		{"require", "", "127.0.0.1", true}, {"disable", "", "127.0.0.1", true},
+		{"", good, "127.0.0.1", true},
+		{"verify-full", good, "localhost", false},
+		{"verify-ca", good, "localhost", true},
+		{"verify-full", bad, "127.0.0.1", false},
+		{"verify-ca", bad, "127.0.0.1", false},
+		{"verify-full", "", "127.0.0.1", false},
+		{"require", "", "127.0.0.1", true},
+		{"disable", "", "127.0.0.1", true},
 	} {
 		conf := w.config()
 		conf.SSLMode, conf.RootCA, conf.Host = c.mode, c.ca, c.host

@@ -163,8 +163,11 @@ func (c *Config) groupParent() string {
 // fill replaces what is zero in l.
 func fill(l, defaults sandbox.Limits) sandbox.Limits {
 	for _, p := range [][2]*int64{
-		{&l.Memory, &defaults.Memory}, {&l.Pids, &defaults.Pids}, {&l.MilliCPU, &defaults.MilliCPU},
-		{&l.Disk, &defaults.Disk}, {&l.Inodes, &defaults.Inodes},
+		{&l.Memory, &defaults.Memory},
+		{&l.Pids, &defaults.Pids},
+		{&l.MilliCPU, &defaults.MilliCPU},
+		{&l.Disk, &defaults.Disk},
+		{&l.Inodes, &defaults.Inodes},
 	} {
 		if *p[0] == 0 {
 			*p[0] = *p[1]

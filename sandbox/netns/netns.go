@@ -101,8 +101,7 @@ func Open() (FDs, error) {
 	}{{&fds.TCP, listenTCP}, {&fds.DNS, listenUDP}, {&fds.Log, listenLog}} {
 		fd, err := part.open()
 		if err != nil {
-			fds.Close()
-			return FDs{TCP: -1, DNS: -1, Log: -1}, err
+			return FDs{TCP: -1, DNS: -1, Log: -1}, errors.Join(err, fds.Close())
 		}
 		*part.fd = fd
 	}

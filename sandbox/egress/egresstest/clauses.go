@@ -317,7 +317,7 @@ func openOnce(b *bench) error {
 	}
 	o := egress.Opening{Ledger: j.ledger.write}
 	if err := b.gateway.Open(context.Background(), "job-1", o); err == nil {
-		return errors.New("Open of a name in use succeeded")
+		return errors.New("an Open of a name in use succeeded")
 	}
 	if err := j.close("job-1"); err != nil {
 		return err

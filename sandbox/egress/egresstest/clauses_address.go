@@ -200,7 +200,7 @@ func badRules(b *bench) error {
 		return fmt.Errorf("rules that contradict each other: got %v, want ErrBadRules", err)
 	}
 	if err := b.gateway.Open(context.Background(), "job-1", egress.Opening{}); err == nil {
-		return errors.New("Open without a ledger succeeded")
+		return errors.New("an Open without a ledger succeeded")
 	}
 	return nil
 }
@@ -219,7 +219,7 @@ func widened(b *bench) error {
 		return err
 	}
 	if err := j.open("orphan", "nobody"); err == nil {
-		return errors.New("Open with a parent that is not open succeeded")
+		return errors.New("an Open with a parent that is not open succeeded")
 	}
 	of := func(v egress.Verdict) func(egress.Line) bool {
 		return func(l egress.Line) bool { return l.Gateway == "job-1-step-1" && l.Verdict == v }

@@ -135,18 +135,30 @@ func TestOtherProtocols(t *testing.T) {
 		probe   func() (bool, error)
 		line    func(egress.Line) bool
 	}{
-		{"ICMP", func() (bool, error) { return ping(unix.AF_INET, unix.IPPROTO_ICMP, 8, "203.0.113.9") },
-			func(l egress.Line) bool { return l.Network == "icmp" && l.Address == "203.0.113.9" }},
-		{"ICMPv6", func() (bool, error) { return ping(unix.AF_INET6, unix.IPPROTO_ICMPV6, 128, "2001:db8::9") },
-			func(l egress.Line) bool { return l.Network == "icmp" && l.Address == "2001:db8::9" }},
-		{"UDP", func() (bool, error) { return datagram("udp4", "203.0.113.9:443") },
-			func(l egress.Line) bool { return l.Network == "udp" && l.Address == "203.0.113.9" && l.Port == 443 }},
-		{"UDP over IPv6", func() (bool, error) { return datagram("udp6", "[2001:db8::9]:53") },
-			func(l egress.Line) bool { return l.Network == "udp" && l.Address == "2001:db8::9" && l.Port == 53 }},
-		{"UDP to a virtual address", func() (bool, error) { return datagram("udp4", "198.18.0.1:443") },
-			func(l egress.Line) bool { return l.Network == "udp" && l.Address == "198.18.0.1" }},
-		{"raw protocol 253", func() (bool, error) { return raw("203.0.113.9") },
-			func(l egress.Line) bool { return l.Network == "other" && l.Address == "203.0.113.9" }},
+		{
+			"ICMP", func() (bool, error) { return ping(unix.AF_INET, unix.IPPROTO_ICMP, 8, "203.0.113.9") },
+			func(l egress.Line) bool { return l.Network == "icmp" && l.Address == "203.0.113.9" },
+		},
+		{
+			"ICMPv6", func() (bool, error) { return ping(unix.AF_INET6, unix.IPPROTO_ICMPV6, 128, "2001:db8::9") },
+			func(l egress.Line) bool { return l.Network == "icmp" && l.Address == "2001:db8::9" },
+		},
+		{
+			"UDP", func() (bool, error) { return datagram("udp4", "203.0.113.9:443") },
+			func(l egress.Line) bool { return l.Network == "udp" && l.Address == "203.0.113.9" && l.Port == 443 },
+		},
+		{
+			"UDP over IPv6", func() (bool, error) { return datagram("udp6", "[2001:db8::9]:53") },
+			func(l egress.Line) bool { return l.Network == "udp" && l.Address == "2001:db8::9" && l.Port == 53 },
+		},
+		{
+			"UDP to a virtual address", func() (bool, error) { return datagram("udp4", "198.18.0.1:443") },
+			func(l egress.Line) bool { return l.Network == "udp" && l.Address == "198.18.0.1" },
+		},
+		{
+			"raw protocol 253", func() (bool, error) { return raw("203.0.113.9") },
+			func(l egress.Line) bool { return l.Network == "other" && l.Address == "203.0.113.9" },
+		},
 	} {
 		for control, n := range map[string]*netnstest.Net{"off": off, "on": on.net} {
 			var arrived bool

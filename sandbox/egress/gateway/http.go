@@ -77,7 +77,7 @@ func (c *session) serveHTTP(ctx context.Context) {
 	x.wg.Wait()
 	transport.CloseIdleConnections()
 	if x.first != nil {
-		x.first.Close()
+		_ = x.first.Close() // net/http may have done so
 	}
 }
 

@@ -17,7 +17,7 @@ import (
 
 // exchange sends bytes to a name with an http rule, and returns how the job saw
 // the connection end and what the destination got.
-func exchange(t *testing.T, sent string, answer func(net.Conn, *http.Request)) (end error, lines []egress.Line, requests []*http.Request) {
+func exchange(t *testing.T, sent string, answer func(net.Conn, *http.Request)) (lines []egress.Line, requests []*http.Request, end error) {
 	t.Helper()
 	seen := make(chan *http.Request, 10)
 	port := server(t, func(conn net.Conn) {
@@ -51,7 +51,7 @@ func exchange(t *testing.T, sent string, answer func(net.Conn, *http.Request)) (
 	for r := range seen {
 		requests = append(requests, r)
 	}
-	return end, b.lines, requests
+	return b.lines, requests, end
 }
 
 func ok(conn net.Conn, _ *http.Request) {
@@ -75,7 +75,7 @@ func TestOneFraming(t *testing.T) {
 		{"hidden request", "GET /a HTTP/1.1\r\nHost: web.example\r\nX: y\rGET /b HTTP/1.1\r\n\r\n", 0, ""},
 		{"pipelined for another host", "GET /a HTTP/1.1\r\nHost: web.example\r\n\r\nGET /b HTTP/1.1\r\nHost: evil.example\r\n\r\n", 1, ""},
 	} {
-		_, lines, requests := exchange(t, tt.sent, ok)
+		lines, requests, _ := exchange(t, tt.sent, ok)
 		if len(requests) != tt.requests {
 			t.Errorf("%s: the destination got %d requests, want %d", tt.name, len(requests), tt.requests)
 			continue
@@ -96,7 +96,7 @@ func TestOneFraming(t *testing.T) {
 // taken for whole, and the ledger says so.
 func TestBrokenAnswer(t *testing.T) {
 	t.Parallel()
-	end, lines, _ := exchange(t, "GET / HTTP/1.0\r\nHost: web.example\r\n\r\n", func(conn net.Conn, _ *http.Request) {
+	lines, _, end := exchange(t, "GET / HTTP/1.0\r\nHost: web.example\r\n\r\n", func(conn net.Conn, _ *http.Request) {
 		// Without a length the end of the connection is the end of the answer.
 		_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhalf")
 		_ = conn.(*net.TCPConn).SetLinger(0)
