@@ -50,6 +50,8 @@
 // byte by byte on every run.
 package netns
 
+import "errors"
+
 const (
 	// Port is where the gateway's sockets are bound, on egress.Self, TCP and
 	// UDP. A job cannot listen on it at 0.0.0.0. It lies above the range that
