@@ -75,6 +75,27 @@ func (s *scene) real(cfg *runner.Config, state *runner.State) error {
 	return err
 }
 
+// removeCgroups takes away the parents that the killed agents left, empty.
+func (s *scene) removeCgroups(t *testing.T) {
+	for _, pattern := range []string{"/sys/fs/cgroup/*/" + s.cgroup(), "/sys/fs/cgroup/" + s.cgroup()} {
+		parents, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Error(err)
+		}
+		for _, parent := range parents {
+			groups, err := filepath.Glob(parent + "/*/")
+			if err != nil {
+				t.Error(err)
+			}
+			for _, dir := range append(groups, parent) {
+				if err := os.Remove(dir); err != nil {
+					t.Errorf("cgroup: %v", err)
+				}
+			}
+		}
+	}
+}
+
 // realLeft names boxes, id ranges, control groups, loop devices and roles that
 // are still there.
 func (s *scene) realLeft() ([]string, error) {
@@ -97,7 +118,7 @@ func (s *scene) realLeft() ([]string, error) {
 	}
 	for _, pattern := range []string{
 		filepath.Join(s.Dir, "native", "boxes", "*"), filepath.Join(s.Dir, "native", "ids", "*"),
-		"/sys/fs/cgroup/*/" + s.cgroup() + "/*/", "/sys/fs/cgroup/" + s.cgroup() + "/*/",
+		"/sys/fs/cgroup/*/" + s.cgroup() + "/*/mf-*/", "/sys/fs/cgroup/" + s.cgroup() + "/*/mf-*/",
 	} {
 		found, err := filepath.Glob(pattern)
 		if err != nil {

@@ -72,6 +72,7 @@ func newScene(t *testing.T, kind string, lane int) *scene {
 	s := &scene{Kind: kind, Lane: lane, Dir: filepath.Join(t.TempDir(), "world")}
 	if kind == "real" {
 		s.Postgres = startPostgres(t)
+		t.Cleanup(func() { s.removeCgroups(t) })
 	}
 	return s
 }
