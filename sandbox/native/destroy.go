@@ -31,6 +31,24 @@ func (r *Runtime) Destroy(ctx context.Context, name string) error {
 	return nil
 }
 
+// Close removes the control groups above those of the boxes, if no box is left
+// in them, and lets go of the guest program. Boxes are not touched.
+func (r *Runtime) Close() error {
+	err := r.guest.Close()
+	if r.groups == nil {
+		return err
+	}
+	for _, dir := range r.groups.dirs("") {
+		for _, d := range []string{dir, filepath.Dir(dir)} { // ours, and the one that installations share
+			rmdir := unix.Rmdir(d)
+			if rmdir != nil && !errors.Is(rmdir, unix.EBUSY) && !errors.Is(rmdir, unix.ENOTEMPTY) && !errors.Is(rmdir, unix.ENOENT) {
+				err = errors.Join(err, fmt.Errorf("native: remove cgroup %s: %w", d, rmdir))
+			}
+		}
+	}
+	return err
+}
+
 func (r *Runtime) destroy(ctx context.Context, name string) error {
 	if _, err := os.Stat(r.dir(name)); errors.Is(err, fs.ErrNotExist) {
 		return nil // the first thing made and the last removed
