@@ -80,7 +80,7 @@ func TestTornFiles(t *testing.T) {
 	}
 	for _, torn := range []string{"", `{"name":`} {
 		write(t, filepath.Join(p.config.Dir, dirDone, id, "claim.json"), torn)
-		write(t, filepath.Join(p.config.Dir, dirDone, id, "steps.json"), torn)
+		write(t, filepath.Join(p.config.Dir, dirDone, id, "steps.jsonl"), torn)
 		if job, err := p.Claim(t.Context(), "c", providers.Offer{}); err != nil || job.Subject.SHA != sha {
 			t.Errorf("a record torn to %q: Claim = %v, want the job", torn, err)
 		}
@@ -91,6 +91,9 @@ func TestTornFiles(t *testing.T) {
 		}
 		if err := errors.Join(l.Step(providers.StepState{Index: 1}), l.Close(t.Context())); err != nil {
 			t.Errorf("steps torn to %q: Step = %v", torn, err)
+		}
+		if steps, err := ReadSteps(p.config.Dir, id); err != nil || len(steps) != 1 || steps[0].Index != 1 {
+			t.Errorf("steps torn to %q and told again: %+v, %v; want step 1", torn, steps, err)
 		}
 	}
 	write(t, filepath.Join(p.config.Dir, dirDone, id, "claim.json"), "")

@@ -8,7 +8,7 @@
 //	claimed/NAME/heartbeat  its mtime says when the agent last lived
 //	done/ID/claim.json   what was claimed, as it was read: the commit, the workflow
 //	done/ID/log          what the job printed, masked
-//	done/ID/steps.json   the state of its steps
+//	done/ID/steps.jsonl  the states of its steps; of each the last line counts
 //	done/ID/result.json  how it ended; appears once, complete, and never changes
 //
 // Renames and links within one file system are all the locking there is, so

@@ -1,6 +1,7 @@
 package local
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -8,12 +9,13 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"slices"
 	"time"
 
 	"github.com/mayfly-ci/mayfly/providers"
 )
 
-// A stepState is a providers.StepState as it stands in steps.json.
+// A stepState is a providers.StepState as it stands in steps.jsonl.
 type stepState struct {
 	Index      int                  `json:"index"`
 	Name       string               `json:"name"`
@@ -26,8 +28,7 @@ type stepState struct {
 type jobLog struct {
 	p        *Provider
 	name, id string
-	f        *os.File
-	steps    []stepState
+	f, steps *os.File
 }
 
 // Log opens done/ID/log to be appended to. Without a standing claim, or with
@@ -48,28 +49,42 @@ func (p *Provider) Log(_ context.Context, name string, _ []byte) (providers.Log,
 		return nil, fmt.Errorf("log of %s: the claim has no record: %w", name, providers.ErrGone)
 	}
 	l := &jobLog{p: p, name: name, id: id}
-	l.steps, err = readSteps(p.root, id)
-	if _, torn := errors.AsType[*json.SyntaxError](err); err != nil && !torn {
-		return nil, err // steps that a loss of power has torn are told again
+	if l.f, err = l.open("log"); err != nil {
+		return nil, err
 	}
-	l.f, err = p.root.OpenFile(path.Join(dirDone, id, "log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
-	if err != nil {
-		return nil, fmt.Errorf("log of %s: %w", name, err)
+	if l.steps, err = l.open("steps.jsonl"); err != nil {
+		return nil, errors.Join(err, l.f.Close())
 	}
 	return l, nil
 }
 
+func (l *jobLog) open(file string) (*os.File, error) {
+	f, err := l.p.root.OpenFile(path.Join(dirDone, l.id, file), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+	if err != nil {
+		return nil, fmt.Errorf("log of %s: %w", l.name, err)
+	}
+	return f, nil
+}
+
+// readSteps returns the last state that was told of each step. An empty line,
+// and one that was torn, tell nothing.
 func readSteps(root *os.Root, id string) ([]stepState, error) {
-	b, err := root.ReadFile(path.Join(dirDone, id, "steps.json"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+	b, err := root.ReadFile(path.Join(dirDone, id, "steps.jsonl"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("steps of %s: %w", id, err)
 	}
 	var steps []stepState
-	if err == nil {
-		err = json.Unmarshal(b, &steps)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("steps of %s: %w", id, err)
+	for line := range bytes.Lines(b) {
+		var s stepState
+		if json.Unmarshal(line, &s) != nil {
+			continue
+		}
+		known := slices.IndexFunc(steps, func(o stepState) bool { return o.Index == s.Index })
+		if known < 0 {
+			steps = append(steps, s)
+		} else {
+			steps[known] = s
+		}
 	}
 	return steps, nil
 }
@@ -81,30 +96,22 @@ func (l *jobLog) Write(_ time.Time, _ int, b []byte) error {
 	return nil
 }
 
-// Step rewrites steps.json, which readers see whole.
+// Step appends to steps.jsonl: one system call, where a file that is replaced
+// costs a new one for each state. The newline before it ends a line that a loss
+// of power or a full disk has torn.
 func (l *jobLog) Step(s providers.StepState) error {
-	state := stepState(s)
-	known := false
-	for i := range l.steps {
-		if l.steps[i].Index == s.Index {
-			l.steps[i], known = state, true
-		}
+	b, err := json.Marshal(stepState(s))
+	if err == nil {
+		_, err = fmt.Fprintf(l.steps, "\n%s\n", b)
 	}
-	if !known {
-		l.steps = append(l.steps, state)
-	}
-	draft := path.Join(dirClaimed, l.name, "steps")
-	if err := l.p.write(draft, l.steps, false); err != nil {
-		return err
-	}
-	if err := l.p.root.Rename(draft, path.Join(dirDone, l.id, "steps.json")); err != nil {
-		return fmt.Errorf("steps of %s: %w", l.name, err)
+	if err != nil {
+		return fmt.Errorf("steps of %s: %w", l.id, err)
 	}
 	return nil
 }
 
 func (l *jobLog) Close(context.Context) error {
-	if err := errors.Join(l.f.Sync(), l.f.Close()); err != nil {
+	if err := errors.Join(l.f.Sync(), l.f.Close(), l.steps.Close()); err != nil {
 		return fmt.Errorf("log of %s: %w", l.name, err)
 	}
 	return l.p.sync(path.Join(dirDone, l.id))
