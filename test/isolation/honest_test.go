@@ -1,6 +1,8 @@
 package isolation
 
 import (
+	"errors"
+	"net"
 	"strings"
 	"testing"
 
@@ -11,6 +13,7 @@ import (
 func TestHonestBuild(t *testing.T) {
 	t.Parallel()
 	b := newBox(t, sandbox.Limits{Memory: 2 << 30, MilliCPU: 2000})
+	refuseNames(t, b)
 	for _, c := range []struct{ name, script, want string }{
 		{"create, append and delete under /usr", `echo x > /usr/bin/new; f=$(ls /usr/share/perl5/*.pm | head -1); echo '# more' >> "$f"; tail -1 "$f"; rm -r /usr/share/doc/git; test ! -e /usr/share/doc/git; mv /usr/bin/new /usr/bin/newer; cat /usr/bin/newer`, "# more\nx\n"},
 		{"tar as root with other owners", `mkdir a; echo x > a/f; chown 1234:4321 a/f; chmod 4750 a/f; tar cf a.tar a; rm -r a; tar xf a.tar; stat -c '%u:%g %a' a/f`, "1234:4321 4750\n"},
@@ -36,7 +39,7 @@ s = socket.create_server(("::1", 443), family=socket.AF_INET6); c = socket.creat
 		{"git", `git init -q r; cd r; echo x > f; git add f; git -c user.name=a -c user.email=a@b commit -qm first; git clone -q . ../c; git -C ../c log --format=%s`, "first\n"},
 		{"gcc", `printf '#include <stdio.h>\nint main(){puts("compiled");}' > x.c; gcc -O2 x.c -o x; ./x`, "compiled\n"},
 		{"make", `printf 'all: a b\n\t@cat a b\na b:\n\t@echo $@ > $@\n' > Makefile; make -j4`, "a\nb\n"},
-		{"go", `mkdir m; cd m; printf 'module m\n\ngo 1.21\n' > go.mod; printf 'package main\n\nimport "fmt"\n\nfunc main() { fmt.Println("built") }\n' > main.go; go build -o m .; ./m`, "built\n"},
+		{"go", `mkdir m; cd m; printf 'module m\n\ngo 1.21\n' > go.mod; printf 'package main\n\nfunc main() { println("built") }\n' > main.go; go build -o m .; ./m`, "built\n"},
 		{"node", `node -e 'require("child_process").exec("echo child", (e, o) => process.stdout.write(o))'`, "child\n"},
 		{"python", `/usr/bin/python3 -c 'import multiprocessing as m
 if __name__ == "__main__": print(m.Pool(2).map(abs, [-1, -2]))'`, "[1, 2]\n"},
@@ -49,4 +52,38 @@ if __name__ == "__main__": print(m.Pool(2).map(abs, [-1, -2]))'`, "[1, 2]\n"},
 			}
 		})
 	}
+}
+
+// refuseNames answers every question for a name as a gateway without rules
+// does: getent asks for the IPv6 address of a name that /etc/hosts has none for,
+// and waits for ten seconds if nobody is there.
+func refuseNames(t *testing.T, b *box) {
+	t.Helper()
+	s, err := b.Attach(bounded(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := net.FilePacketConn(s.DNS)
+	if err := errors.Join(err, s.TCP.Close(), s.DNS.Close(), s.Log.Close()); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	t.Cleanup(func() {
+		conn.Close() // ends the goroutine
+		<-done
+	})
+	go func() {
+		defer close(done)
+		p := make([]byte, 512)
+		for {
+			n, from, err := conn.ReadFrom(p)
+			if err != nil {
+				return
+			}
+			if n > 3 {
+				p[2], p[3] = 0x81, 0x83 // a response: no such name (RFC 1035, 4.1.1)
+				_, _ = conn.WriteTo(p[:n], from)
+			}
+		}
+	}()
 }
