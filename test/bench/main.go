@@ -53,8 +53,13 @@ type part struct {
 
 func parts() []part {
 	return []part{
-		{"latency", latency}, {"steps", steps}, {"throughput", throughput}, {"memory", memory},
-		{"masking", masking}, {"gateway", throughGateway}, {"fsyncs", fsyncs},
+		{"latency", latency},
+		{"steps", steps},
+		{"throughput", throughput},
+		{"memory", memory},
+		{"masking", masking},
+		{"gateway", throughGateway},
+		{"fsyncs", fsyncs},
 	}
 }
 
