@@ -38,7 +38,7 @@ func (r *Runtime) Create(ctx context.Context, name string, s sandbox.Spec) (sand
 	if err := checkName(name); err != nil {
 		return nil, err
 	}
-	s.Limits = fill(s.Limits, r.cfg.Limits)
+	s.Limits = fill(fitInodes(s.Limits, r.cfg.Limits), r.cfg.Limits)
 	if err := positive(s.Limits); err != nil {
 		return nil, err
 	}
@@ -65,6 +65,16 @@ func (r *Runtime) Create(ctx context.Context, name string, s sandbox.Spec) (sand
 		return nil, fmt.Errorf("native: box %s: %w", name, errors.Join(err, b.kill()))
 	}
 	return b, nil
+}
+
+// fitInodes gives a disk that is smaller than the default, and for which nobody
+// said how many files it may hold, no more than fit on it beside their content.
+func fitInodes(l, defaults sandbox.Limits) sandbox.Limits {
+	const fileBytes = 4096 // ext4's unit of allocation
+	if l.Inodes == 0 && l.Disk > 0 {
+		l.Inodes = min(defaults.Inodes, l.Disk/fileBytes)
+	}
+	return l
 }
 
 // A base is what boxes are built from.

@@ -106,6 +106,17 @@ func TestInodes(t *testing.T) {
 	}
 }
 
+// A disk that is too small for the default number of files holds fewer of them:
+// who asks for a small disk need not know how many fit.
+func TestSmallDiskHasFewerInodes(t *testing.T) {
+	t.Parallel()
+	r := newRuntime(t, config(t))
+	b := create(t, r, "small", sandbox.Spec{Limits: sandbox.Limits{Disk: 16 << 20}})
+	if out, exit := script(t, b, "for i in $(seq 1000); do echo x > /workspace/$i; done && df --output=itotal /workspace"); exit.Code != 0 {
+		t.Errorf("1000 files on a disk of 16 MiB: got %q %+v, want success", out, exit)
+	}
+}
+
 // Deleting many files and making as many again is what builds do. It must cost
 // about the same the second time (see format).
 func TestDeletedFilesCostNothing(t *testing.T) {
