@@ -6,6 +6,7 @@ GOARCH      := $(or $(GOARCH),$(shell go env GOARCH))
 VERSION     := $(or $(VERSION),$(shell git -c safe.directory='*' describe --tags --always --dirty),unknown)
 FUZZTIME    ?= 10s
 TESTTIMEOUT ?= 10m
+CRASHTIMEOUT ?= 60m
 # Without the VCS stamp go asks git nothing, which refuses strangers' clones.
 GOFLAGS     := $(shell go env GOFLAGS) -buildvcs=false
 export GOARCH GOFLAGS FUZZTIME
@@ -50,7 +51,7 @@ bench: deps build ## the budgets of the design; JSON to the file that BENCH_JSON
 
 crash: deps guest ## kill the agent at every point of a job's life and of the recovery
 	go vet -tags failpoint ./...
-	go test -tags failpoint -count=1 -timeout=$(TESTTIMEOUT) $(CRASH)
+	go test -tags failpoint -count=1 -timeout=$(CRASHTIMEOUT) $(CRASH)
 
 fuzz: guest ## every fuzz test for FUZZTIME (10s) each
 	test/scripts/fuzz.sh
