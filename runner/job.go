@@ -100,6 +100,7 @@ func number(n int64) string {
 // journal cannot take it, this life still reports it, and the next one says
 // "lost", which is the truth as far as that one can know.
 func (l *life) setOutcome(r providers.Result) {
+	r.Reason = l.out.hide(r.Reason) // errors quote
 	if r.Reason != "" {
 		l.out.notice(-1, r.Reason)
 	}
@@ -155,9 +156,14 @@ type stopwatch struct {
 
 func newStopwatch() *stopwatch { return &stopwatch{last: time.Now()} }
 
+// mark ends a stage: what is held by the name of what holds it, without the
+// name of the job, which for the claim leaves nothing.
 func (s *stopwatch) mark(stage string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if stage == "" {
+		stage = kindClaim
+	}
 	now := time.Now()
 	s.laps = append(s.laps, "took_"+strings.TrimPrefix(stage, "-"), now.Sub(s.last).String())
 	s.last = now
