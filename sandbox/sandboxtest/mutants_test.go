@@ -63,6 +63,12 @@ func lifeMutants() []mutant {
 			}
 		}},
 		{"a later life destroys the box of a dead one", func(w *world) { w.destroy = forgetful(w) }},
+		{"attach gives sockets of the network of the box", func(w *world) { w.attach = outside }},
+	}
+}
+
+func endMutants() []mutant {
+	return []mutant{
 		{"a box ends by itself when it expires", func(w *world) {
 			w.spec = func(s *sandbox.Spec) { s.Expires = s.Expires.Add(time.Hour) }
 		}},
@@ -82,7 +88,7 @@ func lifeMutants() []mutant {
 			w.check = func(ctx context.Context) ([]sandbox.Claim, error) {
 				claims, err := w.Runtime.Check(ctx)
 				for i := range claims {
-					claims[i].Enforced = true
+					claims[i].Enforced = !claims[i].Enforced
 				}
 				return claims, err
 			}
@@ -96,7 +102,6 @@ func lifeMutants() []mutant {
 				return claims, err
 			}
 		}},
-		{"attach gives sockets of the network of the box", func(w *world) { w.attach = outside }},
 	}
 }
 

@@ -116,7 +116,7 @@ func RunMutants(t *testing.T, factory func(t *testing.T) Harness) {
 	for _, c := range clauses() {
 		byName[c.name] = c
 	}
-	for _, m := range slices.Concat(lifeMutants(), runMutants(), transferMutants(), limitMutants(), isolationMutants()) {
+	for _, m := range slices.Concat(lifeMutants(), endMutants(), runMutants(), transferMutants(), limitMutants(), isolationMutants()) {
 		c, ok := byName[m.clause]
 		if !ok {
 			t.Errorf("mutant of %q, which is no clause", m.clause)
@@ -138,7 +138,6 @@ func RunMutants(t *testing.T, factory func(t *testing.T) Harness) {
 			if ctx.Err() != nil {
 				t.Errorf("clause %q needed all of its time to say red: %v", c.name, err)
 			}
-			t.Logf("red: %v", err)
 		})
 	}
 	for name := range byName {

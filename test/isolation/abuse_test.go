@@ -39,31 +39,45 @@ func abuses() map[string]abuse {
 	return map[string]abuse{
 		"memory hog": {
 			sandbox.Limits{Memory: 96 * mib},
-			[]string{"memory", size(300 * mib)}, []string{"memory", size(40 * mib)}, killed,
+			[]string{"memory", size(300 * mib)},
+			[]string{"memory", size(40 * mib)},
+			killed,
 		},
 		"processes": {
 			sandbox.Limits{Pids: 64},
-			[]string{"forks", "200"}, []string{"forks", "3"}, func(r result) bool { return r.code == 1 },
+			[]string{"forks", "200"},
+			[]string{"forks", "3"},
+			func(r result) bool { return r.code == 1 },
 		},
 		"thread bomb": {
 			sandbox.Limits{Pids: 128},
-			[]string{"threads", "400"}, []string{"threads", "50"}, func(r result) bool { return !r.got() && !strings.Contains(r.out, "\n150\n") },
+			[]string{"threads", "400"},
+			[]string{"threads", "50"},
+			func(r result) bool { return !r.got() && !strings.Contains(r.out, "\n150\n") },
 		},
 		"disk filler": {
 			sandbox.Limits{Disk: 64 * mib},
-			[]string{"fill", "/workspace/big", size(200 * mib)}, []string{"fill", "/tmp/small", size(mib)}, stoppedAt(64 * mib),
+			[]string{"fill", "/workspace/big", size(200 * mib)},
+			[]string{"fill", "/tmp/small", size(mib)},
+			stoppedAt(64 * mib),
 		},
 		"disk filler in the base": {
 			sandbox.Limits{Disk: 64 * mib},
-			[]string{"fill", "/usr/lib/big", size(200 * mib)}, []string{"fill", "/usr/lib/small", size(mib)}, stoppedAt(64 * mib),
+			[]string{"fill", "/usr/lib/big", size(200 * mib)},
+			[]string{"fill", "/usr/lib/small", size(mib)},
+			stoppedAt(64 * mib),
 		},
 		"inode filler": {
 			sandbox.Limits{Inodes: 2000, Disk: 64 * mib},
-			[]string{"inodes", "/workspace", "9000"}, []string{"inodes", "/tmp", "10"}, stoppedAt(2000),
+			[]string{"inodes", "/workspace", "9000"},
+			[]string{"inodes", "/tmp", "10"},
+			stoppedAt(2000),
 		},
 		"descriptors": {
 			sandbox.Limits{},
-			[]string{"files", "100000"}, []string{"files", "1000"}, func(r result) bool { return r.code == 1 },
+			[]string{"files", "100000"},
+			[]string{"files", "1000"},
+			func(r result) bool { return r.code == 1 },
 		},
 	}
 }

@@ -21,7 +21,7 @@ type probe struct {
 	run  func(args []string) error
 }
 
-var errUsage = errors.New("usage: probe NAME ARGUMENT...")
+var errUsage = errors.New("usage: probe NAME and its arguments")
 
 func main() {
 	err := call(os.Args[1:])
