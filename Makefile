@@ -16,7 +16,7 @@ BUILD := CGO_ENABLED=0 go build -trimpath
 GUEST := sandbox/guest/bin/mayfly-guest-$(GOARCH)
 
 # Debian packages that the tests, the demo and the benchmark use.
-DEBIAN := bsdutils ca-certificates curl debconf e2fsprogs gcc git libc6-dev make nodejs \
+DEBIAN := bsdutils ca-certificates curl debconf e2fsprogs gcc git iproute2 libc6-dev make nodejs \
 	openssl passwd postgresql python3 runc strace util-linux
 
 # Directories that hold crash tests.
