@@ -3,8 +3,6 @@ package runner_test
 import (
 	"context"
 	"errors"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -20,6 +18,7 @@ var errDown = errors.New("down")
 func TestLifeInOrder(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
+	w.longest = 10 * time.Minute
 	r := w.run(t.Context(), nil,
 		providers.Step{Run: "print one\nenv PGUSER"},
 		providers.Step{ID: "deploy", Run: "env DEPLOY_KEY\nprint two"},
@@ -37,6 +36,9 @@ func TestLifeInOrder(t *testing.T) {
 	}
 	if got, want := w.shown(), "one\nu\n***\ntwo\n\nthree\n"; got != want {
 		t.Errorf("log: got %q, want %q", got, want)
+	}
+	if f := w.deploy; len(f) != 3 || f[0] != "" || !strings.HasPrefix(f[1], "pw-") || f[2] != "" {
+		t.Errorf("the file of the deploy step's lease: got %q when each step ran, want it in the second alone", f)
 	}
 	w.clean()
 }
@@ -240,6 +242,7 @@ func TestRecoverAfterStop(t *testing.T) {
 			}
 			return nil
 		})
+		w.abandons = true
 		w.offers <- job(providers.Step{Run: "print one"})
 		kill, cancel := context.WithCancelCause(t.Context())
 		time.AfterFunc(time.Minute, func() { cancel(runner.ErrStopping) })
@@ -249,11 +252,11 @@ func TestRecoverAfterStop(t *testing.T) {
 		if len(w.results) != 0 {
 			t.Error("reported although a lease is left")
 		}
-		w.failWith(func(string, string) error { return nil })
-		lock := filepath.Join(w.dir, "state", "lock")
-		if err := os.Remove(lock); err != nil { // the first life is dead; its descriptor is not
-			t.Fatal(err)
+		if boxes, err := w.boxesLeft(); err != nil || len(boxes)+len(w.gates) > 0 {
+			t.Errorf("a lease that cannot be revoked kept boxes %v and gateways %v (%v)", boxes, w.gates, err)
 		}
+		w.failWith(func(string, string) error { return nil })
+		w.freeState()
 		if err := w.agent(nil).Recover(t.Context()); err != nil {
 			t.Error(err)
 		}

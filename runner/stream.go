@@ -30,9 +30,9 @@ const noticeMark = "mayfly: "
 // A stream carries what a job prints: through the mask, into the provider's
 // log. Everything passes here; what cannot be masked is not sent.
 type stream struct {
-	log providers.Log // nil if the provider shows no logs
-
 	mu      sync.Mutex
+	log     providers.Log // nil if the provider shows no logs, and once it is closed
+	closed  bool
 	set     *mask.Set
 	out     *mask.Writer
 	at      time.Time // of the bytes that are being written
@@ -123,13 +123,23 @@ func (s *stream) flush() error {
 	return errors.Join(s.err, s.out.Flush(), s.sayPending())
 }
 
-// notLost sends what is held back, whatever became of earlier lines.
-func (s *stream) notLost() {
+// close sends what is held back and closes the provider's log. It does so once:
+// a report that has to be made again finds the log whole, or opens it again. It
+// returns false if there is no log to close and never was.
+func (s *stream) close(ctx context.Context) (known bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.log == nil {
+		return s.closed, nil
+	}
+	// A line that could not be written has ended the job already and is its
+	// reason; here it must not hold the report back for ever.
 	if err := errors.Join(s.out.Flush(), s.sayPending()); s.err == nil {
 		s.err = err
 	}
+	err = s.log.Close(ctx)
+	s.log, s.closed = nil, err == nil
+	return true, err
 }
 
 // notice adds a line of the agent's own. It is masked like everything else.
@@ -225,11 +235,10 @@ func (s *stream) send(b []byte) error {
 // closeLog makes the log whole before the result is reported. After a crash
 // there is no stream: the log is opened again and told what happened.
 func (a *Agent) closeLog(ctx context.Context, p providers.Provider, d journal.Debt, out *stream, r providers.Result) error {
-	if out != nil && out.log != nil {
-		// A line that could not be written has ended the job already and is
-		// its reason; here it must not hold the report back for ever.
-		out.notLost()
-		return out.log.Close(ctx)
+	if out != nil {
+		if known, err := out.close(ctx); known {
+			return err
+		}
 	}
 	logger, ok := p.(providers.Logger)
 	if !ok {

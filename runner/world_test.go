@@ -1,10 +1,13 @@
 package runner_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -44,6 +47,14 @@ type world struct {
 	events []audit.Event
 	order  []string
 	fail   func(call, name string) error
+
+	// abandons is set by tests that stop an agent while something is owed: then
+	// alone a claim may stand that nobody watches.
+	abandons bool
+	longest  time.Duration // that a job may run; 0 is not looked at
+	generous time.Duration // by which leases outlive their grant
+	hang     string        // "put" or "get": then the box's guest does not answer
+	deploy   []string      // what lay in the file of the step's lease when each step ran
 }
 
 const policyText = `version: 1
@@ -58,7 +69,7 @@ rules:
       - {name: deploy.example, port: 443, protocol: tls, step: deploy}
     leases:
       - {name: db, issuer: pg, env: {PGPASSWORD: password, PGUSER: username}, files: {db.pass: password}}
-      - {name: key, issuer: pg, step: deploy, ttl: 1m, env: {DEPLOY_KEY: password}}
+      - {name: key, issuer: pg, step: deploy, ttl: 1m, env: {DEPLOY_KEY: password}, files: {deploy.key: password}}
 `
 
 func newWorld(t *testing.T) *world {
@@ -107,7 +118,7 @@ func (w *world) agent(change func(*runner.Config)) *runner.Agent {
 	}
 	cfg := runner.Config{
 		Providers: map[string]providers.Provider{"ci": (*worldProvider)(w)},
-		Runtimes:  map[string]sandbox.Runtime{"native": w.boxes},
+		Runtimes:  map[string]sandbox.Runtime{"native": worldRuntime{w.boxes, w}},
 		Issuers:   map[string]creds.Issuer{"pg": (*worldIssuer)(w)},
 		Gateway:   (*worldGateway)(w), Policy: p, Audit: (*worldAudit)(w),
 		Log: zerolog.Nop(), Slots: 1, Once: true,
@@ -120,6 +131,15 @@ func (w *world) agent(change func(*runner.Config)) *runner.Agent {
 		w.t.Fatal(err)
 	}
 	return a
+}
+
+// freeState lets the next life of the agent have the state: the one before is
+// dead, its descriptor is not.
+func (w *world) freeState() {
+	w.t.Helper()
+	if err := os.Remove(filepath.Join(w.dir, "state", "lock")); err != nil {
+		w.t.Fatal(err)
+	}
 }
 
 // run puts one job of these steps into the world and runs it to its end.
@@ -204,22 +224,32 @@ func (p *worldProvider) Claim(_ context.Context, name string, o providers.Offer)
 	if errors.Is(err, providers.ErrGone) {
 		return j, err
 	}
-	w.claims[name] = j
 	j.Ref = []byte("ref-" + o.ID)
+	w.claims[name] = j
 	return j, err
 }
 
-func (p *worldProvider) Watch(ctx context.Context, _ string, _ []byte) error {
+func (p *worldProvider) Watch(ctx context.Context, name string, _ []byte) error {
 	select {
 	case <-p.cancel:
 		return providers.ErrCancelled
 	case <-ctx.Done():
-		return nil
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if _, stands := p.claims[name]; stands && !p.abandons {
+		p.t.Errorf("nobody watches %s any more, and its claim stands", name)
+	}
+	return nil
 }
 
-func (p *worldProvider) Complete(_ context.Context, name string, _ []byte, r providers.Result) error {
+func (p *worldProvider) Complete(_ context.Context, name string, ref []byte, r providers.Result) error {
 	w := (*world)(p)
+	w.mu.Lock()
+	if j, ok := w.claims[name]; ok && !bytes.Equal(ref, j.Ref) {
+		w.t.Errorf("complete %s: got ref %q, want what Claim gave, %q", name, ref, j.Ref)
+	}
+	w.mu.Unlock()
 	if err := w.note("complete", name); err != nil {
 		return err
 	}
@@ -233,14 +263,21 @@ func (p *worldProvider) Complete(_ context.Context, name string, _ []byte, r pro
 }
 
 func (p *worldProvider) Log(context.Context, string, []byte) (providers.Log, error) {
-	return (*worldLog)(p), nil
+	return &worldLog{world: (*world)(p)}, nil
 }
 
-type worldLog world
+// A worldLog shows what is written while it is open.
+type worldLog struct {
+	*world
+	closed bool
+}
 
 func (l *worldLog) Write(_ time.Time, _ int, b []byte) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.closed {
+		return os.ErrClosed
+	}
 	l.log.Write(b)
 	return nil
 }
@@ -252,7 +289,13 @@ func (l *worldLog) Step(s providers.StepState) error {
 	return nil
 }
 
-func (l *worldLog) Close(context.Context) error { return (*world)(l).note("log.close", "") }
+func (l *worldLog) Close(context.Context) error {
+	if l.closed {
+		return os.ErrClosed
+	}
+	l.closed = true
+	return l.note("log.close", "")
+}
 
 type worldIssuer world
 
@@ -262,14 +305,27 @@ func (i *worldIssuer) Issue(_ context.Context, name string, g creds.Grant) (cred
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.leases[name] = g // even if it fails: the agent cannot know
+	if latest := time.Now().Add(w.longest); w.longest > 0 && g.Expires.After(latest) {
+		w.t.Errorf("%s: asked for until %v, want the end of the job at the latest, %v", name, g.Expires, latest)
+	}
 	return creds.Lease{
 		Values: map[string]creds.Secret{"password": creds.NewSecret("pw-" + name)},
-		Facts:  map[string]string{"username": "u"}, Handle: []byte("h"), ByName: true, ExpiresAt: g.Expires,
+		Facts:  map[string]string{"username": "u"}, Handle: []byte("h"), ByName: true, ExpiresAt: g.Expires.Add(w.generous),
 	}, err
 }
 
-func (i *worldIssuer) Revoke(_ context.Context, name string, _ []byte) error {
+// knows fails the test if the agent forgot what Issue gave it.
+func (i *worldIssuer) knows(call, name string, handle []byte) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if g, issued := i.leases[name]; issued && g.Subject.Job != "" && string(handle) != "h" {
+		i.t.Errorf("%s %s: got handle %q, want what Issue gave", call, name, handle)
+	}
+}
+
+func (i *worldIssuer) Revoke(_ context.Context, name string, handle []byte) error {
 	w := (*world)(i)
+	i.knows("revoke", name, handle)
 	if err := w.note("revoke", name); err != nil {
 		return err
 	}
@@ -279,8 +335,9 @@ func (i *worldIssuer) Revoke(_ context.Context, name string, _ []byte) error {
 	return nil
 }
 
-func (i *worldIssuer) Probe(_ context.Context, name string, _ []byte) (creds.Proof, error) {
+func (i *worldIssuer) Probe(_ context.Context, name string, handle []byte) (creds.Proof, error) {
 	w := (*world)(i)
+	i.knows("probe", name, handle)
 	if err := w.note("probe", name); err != nil {
 		return creds.Proof{}, err
 	}
@@ -288,6 +345,59 @@ func (i *worldIssuer) Probe(_ context.Context, name string, _ []byte) (creds.Pro
 }
 
 func (i *worldIssuer) List(context.Context) ([]creds.Info, error) { return nil, errors.ErrUnsupported }
+
+// worldRuntime makes boxes of the fake that can be looked into.
+type worldRuntime struct {
+	*sandboxtest.Fake
+	w *world
+}
+
+func (r worldRuntime) Create(ctx context.Context, name string, s sandbox.Spec) (sandbox.Sandbox, error) {
+	box, err := r.Fake.Create(ctx, name, s)
+	return worldBox{box, r.w}, err
+}
+
+type worldBox struct {
+	sandbox.Sandbox
+	w *world
+}
+
+func (b worldBox) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, error) {
+	key, err := b.Sandbox.Get(ctx, sandbox.Run+"/secrets/deploy.key", 1<<10)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return sandbox.Exit{}, err
+	}
+	b.w.mu.Lock()
+	b.w.deploy = append(b.w.deploy, string(key))
+	b.w.mu.Unlock()
+	return b.Sandbox.Run(ctx, p)
+}
+
+func (b worldBox) Put(ctx context.Context, dir string, r io.Reader) error {
+	if err := b.stuck(ctx, "put"); err != nil {
+		return err
+	}
+	return b.Sandbox.Put(ctx, dir, r)
+}
+
+func (b worldBox) Get(ctx context.Context, name string, limit int64) ([]byte, error) {
+	if err := b.stuck(ctx, "get"); err != nil {
+		return nil, err
+	}
+	return b.Sandbox.Get(ctx, name, limit)
+}
+
+// stuck does not answer once the first step runs, if that is the test.
+func (b worldBox) stuck(ctx context.Context, call string) error {
+	b.w.mu.Lock()
+	stuck := b.w.hang == call && len(b.w.deploy) > 0
+	b.w.mu.Unlock()
+	if !stuck {
+		return nil
+	}
+	<-ctx.Done()
+	return context.Cause(ctx)
+}
 
 type worldGateway world
 
