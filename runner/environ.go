@@ -178,7 +178,9 @@ func (s *steps) dropSecrets(ctx context.Context, step string) error {
 	if len(files) == 0 {
 		return nil
 	}
-	return s.put(context.WithoutCancel(ctx), files)
+	ctx, cancel := s.detached(ctx)
+	defer cancel()
+	return s.put(ctx, files)
 }
 
 // putCommandFiles gives the step its script and empty files to write to.
@@ -213,8 +215,10 @@ func (s *steps) put(ctx context.Context, files map[string]string) error {
 }
 
 // readCommandFiles takes what the step wrote for later steps, and returns its
-// outputs.
+// outputs: also those of a step whose time is over.
 func (s *steps) readCommandFiles(ctx context.Context) (map[string]string, error) {
+	ctx, cancel := s.detached(ctx)
+	defer cancel()
 	env, err := s.pairs(ctx, "env")
 	if err != nil {
 		return nil, err
@@ -229,11 +233,7 @@ func (s *steps) readCommandFiles(ctx context.Context) (map[string]string, error)
 	if err != nil {
 		return nil, err
 	}
-	for line := range strings.Lines(string(b)) {
-		if dir := strings.TrimRight(line, "\r\n"); dir != "" {
-			s.path = append([]string{dir}, s.path...)
-		}
-	}
+	s.path = append(parsePath(string(b)), s.path...)
 	return s.pairs(ctx, "output")
 }
 
@@ -258,6 +258,19 @@ func (s *steps) commandFile(ctx context.Context, file string) ([]byte, error) {
 		return nil, fmt.Errorf("GITHUB_%s: %w", strings.ToUpper(file), err)
 	}
 	return b, nil
+}
+
+// parsePath reads the format of GITHUB_PATH: a directory a line, the last of
+// which is searched first.
+func parsePath(text string) []string {
+	var dirs []string
+	for line := range strings.Lines(text) {
+		if dir := strings.TrimRight(line, "\r\n"); dir != "" {
+			dirs = append(dirs, dir)
+		}
+	}
+	slices.Reverse(dirs)
+	return dirs
 }
 
 // parsePairs reads the format of GITHUB_ENV and GITHUB_OUTPUT: NAME=VALUE

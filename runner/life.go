@@ -199,7 +199,7 @@ func hold[T any](ctx context.Context, l *life, name string, acquire func(context
 // rest; what cannot be released stays in the log. The claim is not touched
 // while anything else is owed.
 func (a *Agent) release(ctx context.Context, log *journal.Log, scope string, out *stream) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.cfg.ReleaseTimeout)
+	ctx, cancel := a.detached(ctx)
 	defer cancel()
 	var errs []error
 	for _, d := range log.Debts() {

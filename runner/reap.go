@@ -76,7 +76,7 @@ func (a *Agent) Reap(ctx context.Context) ([]Orphan, error) {
 	var gone []Orphan
 	for _, o := range orphans {
 		d := journal.Debt{Kind: o.Kind, Name: o.Name, By: o.By}
-		one, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.cfg.ReleaseTimeout)
+		one, cancel := a.detached(ctx)
 		err := a.audit(one, jobOf(o.Name), "reap", o.Name, nil, "kind", o.Kind, "by", o.By)
 		if err == nil {
 			err = a.releaseOne(one, &journal.Log{Job: jobOf(o.Name)}, d, nil)

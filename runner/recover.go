@@ -36,14 +36,20 @@ func (a *Agent) recover(ctx context.Context, logs []*journal.Log) error {
 func (a *Agent) recoverOne(ctx context.Context, log *journal.Log) error {
 	defer a.enlist(log.Job)()
 	a.cfg.Log.Info().Str("job", log.Job).Int("debts", len(log.Debts())).Msg("recover")
-	err := a.audit(ctx, log.Job, "job.recover", log.Job, nil, "debts", strconv.Itoa(len(log.Debts())),
-		"of_generation", strconv.FormatInt(log.Generation, 10), "damaged_lines", strconv.Itoa(log.Damaged))
-	if err != nil {
-		return err // what cannot be written down is not done; the debts stay
-	}
 	stop := a.watch(ctx, func(error) {}, log)
 	defer stop()
-	return a.settle(ctx, log, nil)
+	for wait := retryFirst; ; wait = backoff(wait) {
+		err := a.audit(ctx, log.Job, "job.recover", log.Job, nil, "debts", strconv.Itoa(len(log.Debts())),
+			"of_generation", strconv.FormatInt(log.Generation, 10), "damaged_lines", strconv.Itoa(log.Damaged))
+		if err == nil {
+			return a.settle(ctx, log, nil)
+		}
+		// What cannot be written down is not done; the debts stay.
+		a.cfg.Log.Error().Err(err).Str("job", log.Job).Dur("retry_in", wait).Msg("recover")
+		if !pause(ctx, wait) {
+			return errors.Join(fmt.Errorf("left to the next start: %w", err), log.Close())
+		}
+	}
 }
 
 // Recover releases what an earlier life left, and returns: for "mayfly recover".

@@ -29,17 +29,23 @@ const probeFirst = 5 * time.Millisecond
 // the next life goes on.
 func (a *Agent) settle(ctx context.Context, log *journal.Log, out *stream) error {
 	begun := time.Now()
-	stuck := func() {}
-	defer func() { stuck() }()
-	for wait, late := retryFirst, false; ; wait = backoff(wait) {
+	var free func() // not nil while a box of this job jams the agent
+	defer func() {
+		if free != nil {
+			free()
+		}
+	}()
+	for wait := retryFirst; ; wait = backoff(wait) {
 		err := a.release(ctx, log, "", out)
 		if err == nil {
 			return log.Close()
 		}
 		a.cfg.Log.Error().Err(err).Str("job", log.Job).Dur("retry_in", wait).Msg("release")
-		if !late && time.Since(begun) > a.cfg.StuckAfter {
-			late = true
-			stuck = a.giveUpWaiting(ctx, log, out, err)
+		if time.Since(begun) > a.cfg.StuckAfter {
+			if free == nil && owed(log, kindBox) {
+				free = a.jam() // before the service hears that we have a slot
+			}
+			a.reportLate(ctx, log, out, err)
 		}
 		if ctx.Err() != nil || !pause(ctx, wait) {
 			return errors.Join(fmt.Errorf("left to the next start: %w", err), log.Close())
@@ -47,27 +53,32 @@ func (a *Agent) settle(ctx context.Context, log *journal.Log, out *stream) error
 	}
 }
 
-// giveUpWaiting reports the job although something of it is left. The function
-// that it returns is called when nothing is left any more.
-func (a *Agent) giveUpWaiting(ctx context.Context, log *journal.Log, out *stream, why error) func() {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.cfg.ReleaseTimeout)
+// reportLate reports the job, if that is still owed, although something else of
+// it is left.
+func (a *Agent) reportLate(ctx context.Context, log *journal.Log, out *stream, why error) {
+	ctx, cancel := a.detached(ctx)
 	defer cancel()
-	free := func() {}
-	if owed(log, kindBox) {
-		free = a.jam() // before the service hears that we have a slot
-	}
-	err := a.audit(ctx, log.Job, "release.stuck", log.Job, why)
 	for _, d := range log.Debts() {
-		if d.Kind == kindClaim && err == nil {
-			if err = a.report(ctx, log, d, out, true); err == nil {
-				err = log.Release(d.Name)
-			}
+		if d.Kind != kindClaim {
+			continue
+		}
+		err := a.audit(ctx, log.Job, "release.stuck", log.Job, why)
+		if err == nil {
+			err = a.report(ctx, log, d, out, true)
+		}
+		if err == nil {
+			err = log.Release(d.Name)
+		}
+		if err != nil {
+			a.cfg.Log.Error().Err(err).Str("job", log.Job).Msg("report of a stuck job")
 		}
 	}
-	if err != nil {
-		a.cfg.Log.Error().Err(err).Str("job", log.Job).Msg("report of a stuck job")
-	}
-	return free
+}
+
+// detached is a context for what must be done although the job has ended, and
+// must not take for ever.
+func (a *Agent) detached(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), a.cfg.ReleaseTimeout)
 }
 
 // probe uses a revoked lease until its provider refuses it, or ctx ends.

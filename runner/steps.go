@@ -206,7 +206,7 @@ func (s *steps) exec(ctx context.Context, step *current) ending {
 	case exit.Code != 0:
 		end.conclusion, end.reason = providers.Failure, fmt.Errorf("exit status %d", exit.Code)
 	}
-	outputs, err := s.readCommandFiles(context.WithoutCancel(ctx))
+	outputs, err := s.readCommandFiles(ctx)
 	end.outputs = outputs
 	if err != nil && end.conclusion == providers.Success {
 		end.conclusion, end.reason = providers.Failure, err

@@ -1,0 +1,214 @@
+package runner_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/providers"
+	"github.com/mayfly-ci/mayfly/runner"
+)
+
+// A lease that its issuer still accepts is not taken for dead.
+func TestProbedUntilRefused(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		probes := 0
+		w.failWith(func(call, _ string) error {
+			if call == "probe" && probes < 5 {
+				probes++
+				return creds.ErrStillValid
+			}
+			return nil
+		})
+		if r := w.run(t.Context(), nil, providers.Step{Run: "print one"}); r.Conclusion != providers.Success {
+			t.Errorf("got %+v, want success", r)
+		}
+		if probes != 5 {
+			t.Errorf("probed %d times and believed it, want until it is refused", probes)
+		}
+		w.clean()
+	})
+}
+
+// A lease that lives longer than the policy allows is not used.
+func TestGenerousIssuer(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.generous = time.Hour
+	r := w.run(t.Context(), nil, providers.Step{Run: "print never"})
+	if r.Conclusion != providers.Failure || !strings.Contains(r.Reason, "more than it may") {
+		t.Errorf("got %+v, want a failure that says why", r)
+	}
+	if strings.Contains(w.shown(), "never") {
+		t.Error("a step ran with the lease")
+	}
+	w.clean()
+}
+
+// What stops a job may quote what the job knows.
+func TestReasonIsMasked(t *testing.T) {
+	t.Parallel()
+	const token = "correct-horse-battery"
+	w := newWorld(t)
+	w.failWith(func(call, _ string) error {
+		if call == "attach" {
+			return errors.New("no such network: " + token)
+		}
+		return nil
+	})
+	j := job(providers.Step{Run: "print one"})
+	j.Secrets = map[string]creds.Secret{"TOKEN": creds.NewSecret(token)}
+	w.offers <- j
+	if err := w.agent(nil).Run(t.Context(), t.Context()); err != nil {
+		t.Error(err)
+	}
+	if r := <-w.results; !strings.Contains(r.Reason, "no such network") || strings.Contains(r.Reason, token) {
+		t.Errorf("the provider was told %q, want the reason without the secret", r.Reason)
+	}
+	if strings.Contains(fmt.Sprint(w.events)+w.shown(), token) {
+		t.Errorf("the secret is shown: %v %s", w.events, w.shown())
+	}
+	w.clean()
+}
+
+// A guest that does not answer does not hold its job for ever.
+func TestGuestThatDoesNotAnswer(t *testing.T) {
+	t.Parallel()
+	for _, call := range []string{"put", "get"} {
+		t.Run(call, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				w.hang = call
+				ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+				defer cancel()
+				r := w.run(ctx, nil, providers.Step{ID: "deploy", Run: "print one"})
+				if r.Conclusion != providers.Failure {
+					t.Errorf("got %+v, want failure", r)
+				}
+				w.clean()
+			})
+		})
+	}
+}
+
+// The debts of an earlier life are not forgotten because the audit could not
+// take a line when the agent started.
+func TestRecoverWaitsForTheAudit(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.abandons = true
+		w.failWith(func(call, _ string) error {
+			if call == "revoke" {
+				return errDown
+			}
+			return nil
+		})
+		w.offers <- job(providers.Step{Run: "print one"})
+		kill, cancel := context.WithCancelCause(t.Context())
+		time.AfterFunc(time.Minute, func() { cancel(runner.ErrStopping) })
+		if err := w.agent(nil).Run(kill, kill); err == nil {
+			t.Error("the agent stopped with debts: got nil, want an error that says so")
+		}
+		w.freeState()
+		failed := 0
+		w.failWith(func(call, _ string) error {
+			if call == "audit.job.recover" && failed < 3 {
+				failed++
+				return errDown
+			}
+			return nil
+		})
+		if err := w.agent(nil).Recover(t.Context()); err != nil {
+			t.Error(err)
+		}
+		w.clean()
+	})
+}
+
+// A service that is down when a stuck job is to be reported is told later, not
+// never.
+func TestStuckJobIsReportedLater(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		begun := time.Now()
+		w.failWith(func(call, _ string) error {
+			if call == "box.destroy" || call == "complete" && time.Since(begun) < 5*time.Minute {
+				return errDown
+			}
+			return nil
+		})
+		w.offers <- job(providers.Step{Run: "print one"})
+		done := make(chan error)
+		a := w.agent(nil)
+		go func() { done <- a.Run(t.Context(), t.Context()) }()
+		time.Sleep(10 * time.Minute)
+		if len(w.results) != 1 {
+			t.Errorf("%d reports ten minutes later, want 1", len(w.results))
+		}
+		w.failWith(func(string, string) error { return nil })
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		w.clean()
+	})
+}
+
+// told calls a function before it reports.
+type told struct {
+	*worldProvider
+	before func()
+}
+
+func (p told) Complete(ctx context.Context, name string, ref []byte, r providers.Result) error {
+	p.before()
+	return p.worldProvider.Complete(ctx, name, ref, r)
+}
+
+// The service that hears of a stuck job does not get its slot filled again.
+func TestNoSlotForAStuckBox(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.failWith(func(call, _ string) error {
+			if call == "box.destroy" {
+				return errDown
+			}
+			return nil
+		})
+		report := sync.OnceFunc(func() {
+			time.Sleep(time.Second) // a poll that is given up may swallow an offer
+			w.offers <- job(providers.Step{Run: "print two"})
+			time.Sleep(time.Second)
+			if n := len(w.offers); n != 1 {
+				t.Error("a job was taken between the report of a stuck one and the stop")
+			}
+		})
+		w.offers <- job(providers.Step{Run: "print one"})
+		drain, stop := context.WithCancel(t.Context())
+		done := make(chan error)
+		a := w.agent(func(c *runner.Config) {
+			c.Providers = map[string]providers.Provider{"ci": told{(*worldProvider)(w), report}}
+			c.Once, c.Slots = false, 2
+		})
+		go func() { done <- a.Run(drain, t.Context()) }()
+		<-w.results
+		w.failWith(func(string, string) error { return nil })
+		<-w.results
+		stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		w.clean()
+	})
+}
