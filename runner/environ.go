@@ -183,12 +183,16 @@ func (s *steps) dropSecrets(ctx context.Context, step string) error {
 	return s.put(ctx, files)
 }
 
-// putCommandFiles gives the step its script and empty files to write to.
+// putCommandFiles gives the step its script and empty files to write to. What
+// the step before did not write to is empty still.
 func (s *steps) putCommandFiles(ctx context.Context, script string) error {
 	files := map[string]string{"step": script}
 	for _, file := range commandFiles() {
-		files[file] = ""
+		if !s.blank[file] {
+			files[file] = ""
+		}
 	}
+	s.blank = map[string]bool{}
 	return s.put(ctx, files)
 }
 
@@ -251,6 +255,7 @@ func (s *steps) pairs(ctx context.Context, file string) (map[string]string, erro
 
 func (s *steps) commandFile(ctx context.Context, file string) ([]byte, error) {
 	b, err := s.box.Get(ctx, sandbox.Run+"/"+file, commandFileMax)
+	s.blank[file] = err == nil && len(b) == 0
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil // the step removed it: it says nothing
 	}

@@ -34,6 +34,7 @@ type steps struct {
 	leases    map[string]creds.Lease // held now, by name
 	env       map[string]string      // the job's own, and what steps wrote to GITHUB_ENV
 	path      []string               // what steps wrote to GITHUB_PATH, last first
+	blank     map[string]bool        // command files that the last step left empty
 	done      map[string]any         // the context "steps"
 	status    providers.Conclusion
 	graceEnds time.Time // of the steps that run after a cancellation

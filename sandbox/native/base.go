@@ -176,7 +176,7 @@ func synthesise(dir string) error {
 		"group":   {0o644, groups},
 		"shadow":  {0o640, shadow},
 		"gshadow": {0o640, gshadow},
-		"hosts": {0o644, "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n" +
+		"hosts": {0o644, "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback " + boxinit.Host + "\n" +
 			egress.Self.String() + " " + boxinit.Host + "\n"},
 		"hostname":      {0o644, boxinit.Host + "\n"},
 		"resolv.conf":   {0o644, "nameserver " + egress.Resolver.String() + "\noptions timeout:5 attempts:2 ndots:1\n"},
