@@ -54,7 +54,6 @@ func (r *Runtime) claims() []sandbox.Claim {
 		{Name: "system calls", Enforced: true, Detail: "seccomp allow-list, socket families included"},
 		{Name: "network", Enforced: true, Detail: "loopback only; nothing leaves but through the agent's sockets"},
 		{Name: "expiry", Enforced: true, Detail: "the guest ends at the deadline and when the agent is gone"},
-		{Name: "Landlock", Detail: "not used: no file of the host is in reach that the mounts do not already deny"},
 	}
 	if r.cfg.Unprivileged {
 		return append(claims,
