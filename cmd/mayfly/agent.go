@@ -11,7 +11,7 @@ import (
 )
 
 func runAgent(c *call) error {
-	o, err := c.flags("agent", nil)
+	o, err := c.flags("agent", 0, nil)
 	if err != nil {
 		return err
 	}

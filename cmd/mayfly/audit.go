@@ -15,7 +15,7 @@ import (
 
 func runAudit(c *call) error {
 	var job, action, expect string
-	o, err := c.flags("audit", func(fs *flag.FlagSet) {
+	o, err := c.flags("audit", 1, func(fs *flag.FlagSet) {
 		fs.StringVar(&job, "job", "", "only the events of this job")
 		fs.StringVar(&action, "action", "", "only this action, or with a dot at its end all of its kind: lease.")
 		fs.StringVar(&expect, "expect", "", "a head that was printed before: the record must still contain it")
@@ -43,7 +43,7 @@ func runAudit(c *call) error {
 func (c *call) showAudit(o *options, dir string, only audit.Filter) error {
 	for e, err := range audit.Read(dir, only) {
 		if err != nil {
-			return err
+			return tampered(err)
 		}
 		var b strings.Builder
 		fmt.Fprintf(&b, "%s  %-19s  %-16s  %s  %s\n", e.Time.UTC().Format("2006-01-02T15:04:05.000Z"), e.Job, e.Action, e.Object, e.Result)
@@ -67,12 +67,17 @@ func (c *call) verifyAudit(o *options, dir, expect string) error {
 		heads = append(heads, h)
 	}
 	s, err := audit.Verify(dir, heads...)
-	if errors.Is(err, audit.ErrTampered) {
-		return exitError{exitNo, err}
-	}
 	if err != nil {
-		return err
+		return tampered(err)
 	}
 	text := fmt.Sprintf("good: %d events in an unbroken chain\nhead %s (keep it elsewhere: --expect HEAD shows later that nothing was cut off)\n", s.Events, s.Head)
 	return c.print(o, s, text)
+}
+
+// tampered makes the answer no of a record that was changed.
+func tampered(err error) error {
+	if errors.Is(err, audit.ErrTampered) {
+		return exitError{exitNo, err}
+	}
+	return err
 }

@@ -19,7 +19,7 @@ import (
 // runConfig reads a configuration and everything that it names, and touches
 // nothing: no backend is asked and no state is taken.
 func runConfig(c *call) error {
-	o, err := c.flags("config", nil)
+	o, err := c.flags("config", 2, nil)
 	if err != nil {
 		return err
 	}
@@ -47,6 +47,16 @@ func checkNames(cfg *configs.Config, rules *policy.Policy) error {
 	w := &wiring{config: cfg, state: &runner.State{Owner: "config-check"}}
 	defer w.close()
 	errs := []error{w.issuers()} // nothing is connected
+	for _, section := range cfg.Providers {
+		_, err := localConfig(section)
+		errs = append(errs, err)
+	}
+	for _, section := range cfg.Runtimes {
+		_, err := nativeConfig(section, false)
+		errs = append(errs, err)
+	}
+	_, err := gatewayConfig(cfg.Gateway)
+	errs = append(errs, err)
 	for _, g := range rules.Grants() {
 		issuer, ok := w.agent.Issuers[g.Issuer]
 		if !ok {
@@ -78,7 +88,7 @@ type jobFile struct {
 
 func runPolicy(c *call) error {
 	var jobPath, policyPath string
-	o, err := c.flags("policy", func(fs *flag.FlagSet) {
+	o, err := c.flags("policy", 1, func(fs *flag.FlagSet) {
 		fs.StringVar(&jobPath, "job", "", "JSON file with the facts of a job: provider, repository, ref, event, trust, …")
 		fs.StringVar(&policyPath, "policy", "", "policy file (default: the one of the configuration)")
 	})
@@ -164,6 +174,9 @@ func explain(e policy.Explanation) string {
 	}
 	if len(p.Egress)+len(p.Leases) == 0 {
 		b.WriteString("  no way out and no credentials\n")
+	}
+	for _, step := range e.AbsentSteps {
+		fmt.Fprintf(&b, "  the job has no step %s: what is only for that is never given\n", step)
 	}
 	return b.String()
 }

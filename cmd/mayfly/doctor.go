@@ -10,8 +10,10 @@ import (
 	"strings"
 	"time"
 
+	"github.com/rs/zerolog"
 	"golang.org/x/sys/unix"
 
+	"github.com/mayfly-ci/mayfly/runner/policy"
 	"github.com/mayfly-ci/mayfly/sandbox"
 )
 
@@ -32,12 +34,12 @@ const (
 )
 
 func runDoctor(c *call) error {
-	o, err := c.flags("doctor", nil)
+	o, err := c.flags("doctor", 0, nil)
 	if err != nil {
 		return err
 	}
 	found := host()
-	w, err := wireBeside(o.config, c.stderr)
+	w, err := c.wireDoctor(o.config)
 	if err != nil {
 		found = append(found, finding{"configuration", o.config, stateMissing, err.Error()})
 	} else {
@@ -57,7 +59,7 @@ func runDoctor(c *call) error {
 		b.WriteByte('\n')
 	}
 	if bad == 0 {
-		b.WriteString("\neverything that this configuration promises is enforced here\n")
+		b.WriteString("\neverything that Mayfly promises is enforced here\n")
 	} else {
 		fmt.Fprintf(&b, "\n%d of %d are missing: what each means stands beside it\n", bad, len(found))
 	}
@@ -68,6 +70,19 @@ func runDoctor(c *call) error {
 		return exitError{exitNo, nil}
 	}
 	return nil
+}
+
+// wireDoctor is the agent of the configuration, or what "mayfly exec" would use
+// on a machine without one.
+func (c *call) wireDoctor(path string) (*wiring, error) {
+	if !noConfig(path) {
+		return wireBeside(path, c.stderr)
+	}
+	state, err := execState("")
+	if err != nil {
+		return nil, err
+	}
+	return wireExec(path, state, policy.Nothing(), zerolog.Nop())
 }
 
 // host looks at the machine itself.

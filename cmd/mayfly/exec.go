@@ -31,7 +31,7 @@ type execFlags struct {
 
 func runExec(c *call) error {
 	var f execFlags
-	o, err := c.flags("exec", func(fs *flag.FlagSet) {
+	o, err := c.flags("exec", 1, func(fs *flag.FlagSet) {
 		fs.StringVar(&f.job, "job", "", "job of the workflow; not needed if there is only one")
 		fs.StringVar(&f.event, "event", "push", "event that the job is told")
 		fs.StringVar(&f.policy, "policy", "", "policy file; without one the job gets nothing but its box")
@@ -41,24 +41,16 @@ func runExec(c *call) error {
 	if err != nil {
 		return err
 	}
-	if len(o.args) > 1 {
-		return usageError("one workflow file at a time, got %q", o.args)
-	}
 	root, file, err := workflowFile(o.args)
 	if err != nil {
 		return exitError{exitUsage, err}
 	}
-	state, err := execState(f.state)
+	w, spool, err := c.wireExec(o, f)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = state.Close() }()
-	cfg, spool, end, err := c.execConfig(o, f, state)
-	if err != nil {
-		return err
-	}
-	defer end()
-	agent, err := runner.New(cfg, state)
+	defer w.close()
+	agent, err := runner.New(w.agent, w.state)
 	if err != nil {
 		return err
 	}
@@ -75,38 +67,45 @@ func runExec(c *call) error {
 	// At a terminal the first signal cancels: there is no queue to drain.
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(first))
 	defer context.AfterFunc(first, func() { cancel(runner.ErrStopping) })()
-	return errors.Join(agent.Run(ctx, ctx), execResult(spool, id))
+	if err := agent.Run(ctx, ctx); err != nil {
+		return err // something is owed, and the result says nothing of it
+	}
+	return execResult(spool, id)
 }
 
-// execConfig is an agent for one job of one spool.
-func (c *call) execConfig(o *options, f execFlags, state *runner.State) (runner.Config, string, func(), error) {
+// wireExec is an agent for one job of one spool.
+func (c *call) wireExec(o *options, f execFlags) (w *wiring, spool string, err error) {
 	rules := policy.Nothing()
 	if f.policy != "" {
-		src, err := os.ReadFile(f.policy)
-		if err == nil {
-			rules, err = policy.Parse(src, f.policy)
-		}
-		if err != nil {
-			return runner.Config{}, "", nil, exitError{exitUsage, err}
+		if rules, err = readPolicy(f.policy); err != nil {
+			return nil, "", exitError{exitUsage, err}
 		}
 	}
 	log := zerolog.Nop()
 	if f.verbose {
 		log = consoleLog(c.stderr)
 	}
-	cfg, end, err := wireExec(o.config, state, rules, log)
+	state, err := execState(f.state)
 	if err != nil {
-		return runner.Config{}, "", nil, err
+		return nil, "", err
 	}
-	spool := filepath.Join(state.Dir, "spool")
-	provider, err := local.New(local.Config{Dir: spool})
-	if err != nil {
-		end()
-		return runner.Config{}, "", nil, err
+	if w, err = wireExec(o.config, state, rules, log); err != nil {
+		return nil, "", err
 	}
-	cfg.Providers = map[string]providers.Provider{local.Name: &echo{provider, c.stdout}}
-	cfg.Slots, cfg.Once = 1, true
-	return cfg, spool, end, nil
+	spool = filepath.Join(state.Dir, "spool")
+	// What an earlier run submitted and did not live to claim is not ours.
+	err = os.RemoveAll(filepath.Join(spool, "new"))
+	provider, perr := local.New(local.Config{Dir: spool})
+	if err := errors.Join(err, perr); err != nil {
+		w.close()
+		return nil, "", err
+	}
+	w.agent.Providers = map[string]providers.Provider{local.Name: &echo{provider, c.stdout}}
+	w.agent.Slots, w.agent.Once = 1, true
+	if w.weak {
+		fmt.Fprintln(c.stderr, "mayfly exec: not root: memory and CPU of the box are not limited, it runs as you outside, and /usr is read-only; see mayfly doctor")
+	}
+	return w, spool, nil
 }
 
 // execResult turns the job's result into the exit status of the program.
@@ -167,7 +166,11 @@ func (e *echoLog) Write(at time.Time, step int, b []byte) error {
 func workflowFile(args []string) (root, file string, err error) {
 	out, err := exec.Command("git", "rev-parse", "--show-toplevel").Output()
 	if err != nil {
-		return "", "", errors.New("this is no git repository: stand in one, so that the job has a commit to be about")
+		var exit *exec.ExitError
+		if errors.As(err, &exit) {
+			err = errors.New(strings.TrimSpace(string(exit.Stderr)))
+		}
+		return "", "", fmt.Errorf("stand in a git repository, so that the job has a commit to be about: %w", err)
 	}
 	root = strings.TrimSpace(string(out))
 	if len(args) == 1 {
@@ -201,13 +204,17 @@ func git(root string, args ...string) string {
 // execState takes the first state directory that no other exec holds.
 func execState(dir string) (*runner.State, error) {
 	if dir != "" {
+		dir, err := filepath.Abs(dir)
+		if err != nil {
+			return nil, fmt.Errorf("state: %w", err)
+		}
 		return runner.OpenState(dir)
 	}
 	base := "/var/lib/mayfly-exec"
 	if os.Geteuid() != 0 {
 		home, err := os.UserHomeDir()
 		if err != nil {
-			return nil, fmt.Errorf("state: %w", err)
+			return nil, usageError("%w: set it, or name a directory with --state", err)
 		}
 		base = filepath.Join(home, ".local", "state", "mayfly-exec")
 	}

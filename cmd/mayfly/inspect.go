@@ -10,7 +10,7 @@ import (
 )
 
 func runJobs(c *call) error {
-	o, err := c.flags("jobs", nil)
+	o, err := c.flags("jobs", 0, nil)
 	if err != nil {
 		return err
 	}
@@ -21,7 +21,7 @@ func runJobs(c *call) error {
 	jobs, err := state.Jobs()
 	var b strings.Builder
 	for _, j := range jobs {
-		end := "running"
+		end := "not ended"
 		if j.Outcome != nil {
 			end = "ended: " + string(j.Outcome.Conclusion)
 		} else if j.Generation != state.Generation {
@@ -49,7 +49,7 @@ func runJobs(c *call) error {
 }
 
 func runRecover(c *call) error {
-	o, err := c.flags("recover", nil)
+	o, err := c.flags("recover", 0, nil)
 	if err != nil {
 		return err
 	}
@@ -77,7 +77,7 @@ func runRecover(c *call) error {
 
 func runReap(c *call) error {
 	var dry bool
-	o, err := c.flags("reap", func(fs *flag.FlagSet) {
+	o, err := c.flags("reap", 0, func(fs *flag.FlagSet) {
 		fs.BoolVar(&dry, "dry-run", false, "list, and touch nothing; may run beside a living agent")
 	})
 	if err != nil {
@@ -106,6 +106,7 @@ func runReap(c *call) error {
 		fmt.Fprintf(&b, "%s %s %s of %s\n", verb, r.Kind, r.Name, r.By)
 	}
 	if len(orphans) == 0 {
+		orphans = []runner.Orphan{} // [] in JSON
 		b.WriteString("no orphans\n")
 	}
 	if perr := c.print(o, orphans, b.String()); perr != nil {

@@ -1,10 +1,8 @@
 // Command mayfly is a self-hosted, ephemeral CI runner with isolation and
 // credential lifecycle built in.
 //
-// Exit codes: 0 done; 1 the answer is no (the job failed, the chain is broken,
-// the machine lacks something); 2 wrong usage or configuration; 3 something is
-// still owed or could not be done. "mayfly exec" ends with the exit status of
-// the step that failed.
+// "mayfly help" lists the commands and the exit codes, "mayfly help COMMAND" its
+// flags.
 package main
 
 import (
@@ -33,14 +31,14 @@ type command struct {
 func commands() []command {
 	return []command{
 		{"agent", "--config FILE", "take jobs until the first SIGTERM, cancel them on the second", runAgent},
-		{"exec", "[FILE] [--job ID] [--event NAME] [--policy FILE] [--state DIR]", "run a workflow file of this repository through the same life", runExec},
+		{"exec", "[FILE] [--job ID] [--event NAME] [--policy FILE] [--config FILE] [--state DIR] [--verbose]", "run a workflow file of this repository through the same life", runExec},
 		{"doctor", "[--config FILE]", "say what this machine enforces, and what it does not", runDoctor},
 		{"config", "check FILE", "read a configuration and all that it names", runConfig},
-		{"policy", "explain --job FILE [--policy FILE]", "say which rule grants what to a job, and why", runPolicy},
+		{"policy", "explain --job FILE [--policy FILE] [--config FILE]", "say which rule grants what to a job, and why", runPolicy},
 		{"jobs", "[--config FILE]", "list the jobs that still owe something", runJobs},
 		{"recover", "[--config FILE]", "release what a dead agent left", runRecover},
 		{"reap", "[--dry-run] [--config FILE]", "destroy what carries our label and no journal knows", runReap},
-		{"audit", "show | verify [--job ID] [--expect HEAD] [--config FILE]", "read the record, or check that nobody changed it", runAudit},
+		{"audit", "show | verify [--job ID] [--action NAME] [--expect HEAD] [--config FILE]", "read the record, or check that nobody changed it", runAudit},
 		{"version", "", "print the version", runVersion},
 	}
 }
@@ -62,8 +60,11 @@ func mainExit(args []string, stdout, stderr io.Writer) int {
 		return exitUsage
 	}
 	if args[0] == "help" || args[0] == "-h" || args[0] == "--help" {
-		usage(stdout)
-		return 0
+		if len(args) == 1 {
+			usage(stdout)
+			return 0
+		}
+		args = []string{args[1], "--help"}
 	}
 	for _, c := range commands() {
 		if c.name != args[0] {
@@ -76,15 +77,14 @@ func mainExit(args []string, stdout, stderr io.Writer) int {
 			return 0
 		case errors.As(err, &code):
 			if code.err != nil {
-				fmt.Fprintln(stderr, "mayfly "+c.name+":", code.err)
+				fmt.Fprintln(stderr, "mayfly "+c.name+":", err) // with all that it was joined to
 			}
 			return code.code
 		}
 		fmt.Fprintln(stderr, "mayfly "+c.name+":", err)
 		return exitOwed
 	}
-	fmt.Fprintf(stderr, "mayfly: unknown command %q\n\n", args[0])
-	usage(stderr)
+	fmt.Fprintf(stderr, "mayfly: unknown command %q: \"mayfly help\" lists the commands\n", args[0])
 	return exitUsage
 }
 
@@ -93,7 +93,18 @@ func usage(w io.Writer) {
 	for _, c := range commands() {
 		fmt.Fprintf(w, "  mayfly %s %s\n      %s\n", c.name, c.args, c.what)
 	}
-	fmt.Fprint(w, "\nRead commands take --output text|json. The configuration is /etc/mayfly/agent.yaml unless --config names another.\n")
+	fmt.Fprint(w, `
+Commands that read take --output text|json; "mayfly help COMMAND" lists all flags.
+The configuration is `+defaultConfig+` unless --config names another.
+
+Exit codes:
+  0  done
+  1  the answer is no: the job failed or cannot be run, no rule matches, the
+     record was changed, the machine does not enforce something
+  2  wrong usage, configuration or policy; the policy refuses the job
+  3  something is still owed or could not be done
+"mayfly exec" ends with the exit status of the step that failed.
+`)
 }
 
 // An exitError ends the program with a code of its own.
@@ -110,11 +121,12 @@ func usageError(format string, args ...any) error {
 }
 
 // flags parses the flags of a command; the ones that many share are in the
-// result. Positional arguments may stand before, between and behind flags.
-func (c *call) flags(name string, more func(*flag.FlagSet)) (*options, error) {
+// result. Positional arguments, at most so many as said, may stand before,
+// between and behind flags.
+func (c *call) flags(name string, most int, more func(*flag.FlagSet)) (*options, error) {
 	o := &options{}
 	fs := flag.NewFlagSet("mayfly "+name, flag.ContinueOnError)
-	fs.SetOutput(c.stderr)
+	fs.SetOutput(io.Discard)
 	fs.StringVar(&o.config, "config", defaultConfig, "configuration of the agent")
 	fs.StringVar(&o.output, "output", "text", "text or json")
 	if more != nil {
@@ -123,9 +135,10 @@ func (c *call) flags(name string, more func(*flag.FlagSet)) (*options, error) {
 	for args := c.args; ; {
 		if err := fs.Parse(args); err != nil {
 			if errors.Is(err, flag.ErrHelp) {
+				c.help(name, fs)
 				return nil, err
 			}
-			return nil, exitError{exitUsage, nil} // the flag set has said it
+			return nil, usageError("%w: \"mayfly help %s\" lists the flags", err, name)
 		}
 		if fs.NArg() == 0 {
 			break
@@ -133,10 +146,24 @@ func (c *call) flags(name string, more func(*flag.FlagSet)) (*options, error) {
 		o.args = append(o.args, fs.Arg(0))
 		args = fs.Args()[1:]
 	}
+	if len(o.args) > most {
+		return nil, usageError("argument %q is one too many: \"mayfly help %s\" shows the usage", o.args[most], name)
+	}
 	if o.output != "text" && o.output != "json" {
 		return nil, usageError("--output %q: want text or json", o.output)
 	}
 	return o, nil
+}
+
+// help prints the usage of one command.
+func (c *call) help(name string, fs *flag.FlagSet) {
+	for _, cmd := range commands() {
+		if cmd.name == name {
+			fmt.Fprintf(c.stdout, "mayfly %s %s\n    %s\n\n", cmd.name, cmd.args, cmd.what)
+		}
+	}
+	fs.SetOutput(c.stdout)
+	fs.PrintDefaults()
 }
 
 // options are the flags that commands share.
@@ -149,7 +176,7 @@ type options struct {
 const defaultConfig = "/etc/mayfly/agent.yaml"
 
 func runVersion(c *call) error {
-	o, err := c.flags("version", nil)
+	o, err := c.flags("version", 0, nil)
 	if err != nil {
 		return err
 	}

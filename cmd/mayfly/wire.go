@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -28,6 +29,7 @@ import (
 // A wiring is an agent's configuration with everything that it names made.
 type wiring struct {
 	config     *configs.Config
+	weak       bool // an ordinary user's boxes do, where the configuration does not say
 	policyFile string
 	agent      runner.Config
 	state      *runner.State
@@ -41,7 +43,10 @@ func wire(path string, stderr io.Writer) (*wiring, error) {
 
 // wirePeek reads beside a living agent.
 func wirePeek(path string, stderr io.Writer) (*wiring, error) {
-	return wireWith(path, stderr, runner.PeekState)
+	return wireWith(path, stderr, func(dir string) (*runner.State, error) {
+		state, err := runner.PeekState(dir)
+		return state, neverRun(err, dir)
+	})
 }
 
 // wireBeside takes the state if it is free, and reads beside its owner if not.
@@ -56,7 +61,7 @@ func wireBeside(path string, stderr io.Writer) (*wiring, error) {
 }
 
 func wireWith(path string, stderr io.Writer, open func(string) (*runner.State, error)) (_ *wiring, err error) {
-	c, err := configs.Load(path)
+	c, err := load(path)
 	if err == nil {
 		err = c.Validate()
 	}
@@ -75,7 +80,9 @@ func wireWith(path string, stderr io.Writer, open func(string) (*runner.State, e
 	if w.agent.Policy, err = readPolicy(c.Policy); err != nil {
 		return nil, exitError{exitUsage, err}
 	}
-	if w.state, err = open(c.State); err != nil {
+	if w.state, err = open(c.State); errors.Is(err, runner.ErrInUse) {
+		return nil, fmt.Errorf("%w: stop that one first; jobs, audit and reap --dry-run work beside it", err)
+	} else if err != nil {
 		return nil, err
 	}
 	w.closers = append(w.closers, w.state.Close)
@@ -94,34 +101,44 @@ func (w *wiring) parts() error {
 func (w *wiring) runtimes() error {
 	w.agent.Runtimes = map[string]sandbox.Runtime{}
 	for name, section := range w.config.Runtimes {
-		if section.Type != "native" {
-			return exitError{exitUsage, section.Errorf("type", "runtime %q: this agent has native", section.Type)}
-		}
-		var own struct {
-			Unprivileged bool     `yaml:"unprivileged"`
-			FirstID      uint32   `yaml:"first_id"`
-			Cgroup       string   `yaml:"cgroup"`
-			Base         []string `yaml:"base"`
-			Hide         []string `yaml:"hide"`
-		}
-		if err := section.Decode(&own); err != nil {
+		c, err := nativeConfig(section, w.weak)
+		if err != nil {
 			return exitError{exitUsage, err}
 		}
-		program, err := guest.Binary()
-		if err != nil {
+		if c.Guest, err = guest.Binary(); err != nil {
 			return err
 		}
-		runtime, err := native.New(native.Config{
-			StateDir: filepath.Join(w.state.Dir, "boxes-"+name), Owner: w.state.Owner, Guest: program,
-			FirstID: own.FirstID, CgroupParent: own.Cgroup, Base: own.Base, Hide: own.Hide,
-			Unprivileged: own.Unprivileged,
-		})
+		c.StateDir, c.Owner = filepath.Join(w.state.Dir, "boxes-"+name), w.state.Owner
+		runtime, err := native.New(c)
 		if err != nil {
-			return section.Errorf("", "%w", err)
+			return exitError{exitUsage, fmt.Errorf("sandbox %s: %w", name, err)}
 		}
 		w.agent.Runtimes[name] = runtime
+		w.closers = append(w.closers, runtime.Close)
 	}
 	return nil
+}
+
+// nativeConfig is what the section says of a runtime. weak is whether it is
+// for an ordinary user if the section does not say.
+func nativeConfig(section configs.Section, weak bool) (native.Config, error) {
+	if section.Type != "native" {
+		return native.Config{}, section.Errorf("type", "runtime %q: this agent has native", section.Type)
+	}
+	var own struct {
+		Unprivileged *bool    `yaml:"unprivileged"`
+		FirstID      uint32   `yaml:"first_id"`
+		Cgroup       string   `yaml:"cgroup"`
+		Base         []string `yaml:"base"`
+		Hide         []string `yaml:"hide"`
+	}
+	if err := section.Decode(&own); err != nil {
+		return native.Config{}, err
+	}
+	if own.Unprivileged != nil {
+		weak = *own.Unprivileged
+	}
+	return native.Config{FirstID: own.FirstID, CgroupParent: own.Cgroup, Base: own.Base, Hide: own.Hide, Unprivileged: weak}, nil
 }
 
 func (w *wiring) issuers() error {
@@ -147,16 +164,21 @@ func (w *wiring) issuers() error {
 }
 
 func (w *wiring) gateway() error {
+	c, err := gatewayConfig(w.config.Gateway)
+	if err != nil {
+		return exitError{exitUsage, err}
+	}
+	w.agent.Gateway, err = gateway.New(c)
+	return err
+}
+
+func gatewayConfig(section configs.Section) (gateway.Config, error) {
 	var own struct {
 		Names int `yaml:"names"`
 		Conns int `yaml:"connections"`
 	}
-	if err := w.config.Gateway.Decode(&own); err != nil {
-		return exitError{exitUsage, err}
-	}
-	g, err := gateway.New(gateway.Config{Names: own.Names, Conns: own.Conns})
-	w.agent.Gateway = g
-	return err
+	err := section.Decode(&own)
+	return gateway.Config{Names: own.Names, Conns: own.Conns}, err
 }
 
 func (w *wiring) record() error {
@@ -172,24 +194,30 @@ func (w *wiring) record() error {
 func (w *wiring) providers() error {
 	w.agent.Providers = map[string]providers.Provider{}
 	for name, section := range w.config.Providers {
-		if section.Type != local.Name {
-			return exitError{exitUsage, section.Errorf("type", "provider %q: this agent has local", section.Type)}
-		}
-		var own struct {
-			Dir          string   `yaml:"dir,required"`
-			Labels       []string `yaml:"labels"`
-			Repositories string   `yaml:"repositories"`
-		}
-		if err := section.Decode(&own); err != nil {
+		c, err := localConfig(section)
+		if err != nil {
 			return exitError{exitUsage, err}
 		}
-		p, err := local.New(local.Config{Dir: section.Path(own.Dir), Labels: own.Labels, Repositories: section.Path(own.Repositories)})
+		p, err := local.New(c)
 		if err != nil {
 			return err
 		}
 		w.agent.Providers[name] = p
 	}
 	return nil
+}
+
+func localConfig(section configs.Section) (local.Config, error) {
+	if section.Type != local.Name {
+		return local.Config{}, section.Errorf("type", "provider %q: this agent has local", section.Type)
+	}
+	var own struct {
+		Dir          string   `yaml:"dir,required"`
+		Labels       []string `yaml:"labels"`
+		Repositories string   `yaml:"repositories"`
+	}
+	err := section.Decode(&own)
+	return local.Config{Dir: section.Path(own.Dir), Labels: own.Labels, Repositories: section.Path(own.Repositories)}, err
 }
 
 // close lets go of everything, newest first.
@@ -204,25 +232,52 @@ func (w *wiring) close() {
 }
 
 // wireExec is the agent of "mayfly exec": the issuers and the runtime of the
-// configuration if this machine has one, and the state of this run.
-func wireExec(path string, state *runner.State, rules *policy.Policy, log zerolog.Logger) (runner.Config, func(), error) {
-	c := configs.Default(state.Dir)
-	if _, err := os.Stat(path); err == nil || path != defaultConfig {
-		loaded, err := configs.Load(path)
-		if err == nil {
-			err = loaded.Validate()
+// configuration if this machine has one for us, and the state of this run,
+// which belongs to the wiring from now on.
+func wireExec(path string, state *runner.State, rules *policy.Policy, log zerolog.Logger) (_ *wiring, err error) {
+	w := &wiring{
+		state: state, weak: os.Geteuid() != 0, policyFile: "built-in",
+		agent: runner.Config{Policy: rules, Log: log}, closers: []func() error{state.Close},
+	}
+	defer func() {
+		if err != nil {
+			w.close()
+		}
+	}()
+	if noConfig(path) {
+		w.config = configs.Default(state.Dir)
+	} else {
+		if w.config, err = load(path); err == nil {
+			err = w.config.Validate()
 		}
 		if err != nil {
-			return runner.Config{}, nil, exitError{exitUsage, err}
+			return nil, exitError{exitUsage, err}
 		}
-		c = loaded
 	}
-	w := &wiring{config: c, state: state, agent: runner.Config{Policy: rules, Log: log}}
-	if err := errors.Join(w.parts(), w.record()); err != nil {
-		w.close()
-		return runner.Config{}, nil, err
+	return w, errors.Join(w.parts(), w.record())
+}
+
+// noConfig says whether this machine has no configuration that the user may
+// read. One that was asked for by name must be there.
+func noConfig(path string) bool {
+	if path != defaultConfig {
+		return false
 	}
-	return w.agent, w.close, nil
+	f, err := os.Open(path)
+	if err != nil {
+		return errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission)
+	}
+	return f.Close() != nil
+}
+
+// load reads a configuration. The state is absolute then: parts of it stand in
+// the names of what the runtime makes.
+func load(path string) (*configs.Config, error) {
+	c, err := configs.Load(path)
+	if err == nil {
+		c.State, err = filepath.Abs(c.State)
+	}
+	return c, err
 }
 
 func readPolicy(path string) (*policy.Policy, error) {
@@ -250,9 +305,18 @@ func consoleLog(to io.Writer) zerolog.Logger {
 
 // peek opens the state of the configured agent for reading.
 func peek(path string) (*runner.State, error) {
-	c, err := configs.Load(path)
+	c, err := load(path)
 	if err != nil {
 		return nil, exitError{exitUsage, err}
 	}
-	return runner.PeekState(c.State)
+	state, err := runner.PeekState(c.State)
+	return state, neverRun(err, c.State)
+}
+
+// neverRun says what a state that is not there means.
+func neverRun(err error, dir string) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w: no agent has run with the state directory %s yet", err, dir)
+	}
+	return err
 }
