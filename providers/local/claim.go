@@ -84,7 +84,7 @@ func (p *Provider) read(ctx context.Context, name, id string, at time.Time) (rec
 		rec.SHA, rec.Source, err = p.source(ctx, rec.Job)
 	}
 	if errors.Is(err, providers.ErrBadJob) {
-		rec.Bad = strings.TrimPrefix(err.Error(), providers.ErrBadJob.Error()+": ")
+		rec.Bad = strings.Replace(err.Error(), providers.ErrBadJob.Error()+": ", "", 1) // job says it again
 	} else if err != nil {
 		return record{}, fmt.Errorf("job %s: %w", id, err)
 	}
