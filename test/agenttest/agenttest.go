@@ -109,7 +109,7 @@ func (w *World) Commit(tb testing.TB, name, content string) string {
 	Must(tb, os.MkdirAll(filepath.Dir(path), 0o755))
 	Must(tb, os.WriteFile(path, []byte(content), 0o644))
 	w.git(tb, "-C", w.Repository, "add", ".")
-	w.git(tb, "-C", w.Repository, "-c", "user.name=t", "-c", "user.email=t@example.com", "commit", "-q", "-m", name)
+	w.git(tb, "-C", w.Repository, "-c", "user.name=t", "-c", "user.email=t@example.com", "commit", "-q", "--allow-empty", "-m", name)
 	return file
 }
 
