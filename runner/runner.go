@@ -187,7 +187,7 @@ func (a *Agent) poll(ctx, kill context.Context, provider string, done func(), le
 				a.cfg.Log.Error().Err(err).Str("provider", provider).Str("offer", offer.ID).Msg("job")
 				pause(ctx, retryFirst) // a full disk must not turn into a loop
 			}
-			if a.cfg.Once && err == nil {
+			if a.cfg.Once {
 				done()
 			}
 		})
