@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -28,7 +30,7 @@ func TestProbedUntilRefused(t *testing.T) {
 			}
 			return nil
 		})
-		if r := w.run(t.Context(), nil, providers.Step{Run: "print one"}); r.Conclusion != providers.Success {
+		if r := w.run(lifetime(t), nil, providers.Step{Run: "print one"}); r.Conclusion != providers.Success {
 			t.Errorf("got %+v, want success", r)
 		}
 		if probes != 5 {
@@ -43,7 +45,7 @@ func TestGenerousIssuer(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.generous = time.Hour
-	r := w.run(t.Context(), nil, providers.Step{Run: "print never"})
+	r := w.run(lifetime(t), nil, providers.Step{Run: "print never"})
 	if r.Conclusion != providers.Failure || !strings.Contains(r.Reason, "more than it may") {
 		t.Errorf("got %+v, want a failure that says why", r)
 	}
@@ -51,6 +53,22 @@ func TestGenerousIssuer(t *testing.T) {
 		t.Error("a step ran with the lease")
 	}
 	w.clean()
+}
+
+// No lease is asked for that could outlive its job, however late it is asked for.
+func TestLeaseEndsWithItsJob(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.latest = time.Now().Add(10 * time.Minute) // the policy's timeout
+		w.run(lifetime(t), nil,
+			providers.Step{Run: "block", TimeoutMinutes: "9.5", ContinueOnError: "true"},
+			providers.Step{ID: "deploy", Run: "print two"}) // its lease may live a minute
+		if !strings.Contains(w.shown(), "two") {
+			t.Errorf("the step did not run: %s", w.shown())
+		}
+		w.clean()
+	})
 }
 
 // What stops a job may quote what the job knows.
@@ -67,7 +85,7 @@ func TestReasonIsMasked(t *testing.T) {
 	j := job(providers.Step{Run: "print one"})
 	j.Secrets = map[string]creds.Secret{"TOKEN": creds.NewSecret(token)}
 	w.offers <- j
-	if err := w.agent(nil).Run(t.Context(), t.Context()); err != nil {
+	if err := w.agent(nil).Run(lifetime(t), lifetime(t)); err != nil {
 		t.Error(err)
 	}
 	if r := <-w.results; !strings.Contains(r.Reason, "no such network") || strings.Contains(r.Reason, token) {
@@ -114,7 +132,7 @@ func TestRecoverWaitsForTheAudit(t *testing.T) {
 			return nil
 		})
 		w.offers <- job(providers.Step{Run: "print one"})
-		kill, cancel := context.WithCancelCause(t.Context())
+		kill, cancel := context.WithCancelCause(lifetime(t))
 		time.AfterFunc(time.Minute, func() { cancel(runner.ErrStopping) })
 		if err := w.agent(nil).Run(kill, kill); err == nil {
 			t.Error("the agent stopped with debts: got nil, want an error that says so")
@@ -128,7 +146,7 @@ func TestRecoverWaitsForTheAudit(t *testing.T) {
 			}
 			return nil
 		})
-		if err := w.agent(nil).Recover(t.Context()); err != nil {
+		if err := w.agent(nil).Recover(lifetime(t)); err != nil {
 			t.Error(err)
 		}
 		w.clean()
@@ -151,7 +169,7 @@ func TestStuckJobIsReportedLater(t *testing.T) {
 		w.offers <- job(providers.Step{Run: "print one"})
 		done := make(chan error)
 		a := w.agent(nil)
-		go func() { done <- a.Run(t.Context(), t.Context()) }()
+		go func() { done <- a.Run(lifetime(t), lifetime(t)) }()
 		time.Sleep(10 * time.Minute)
 		if len(w.results) != 1 {
 			t.Errorf("%d reports ten minutes later, want 1", len(w.results))
@@ -201,7 +219,7 @@ func TestNoSlotForAStuckBox(t *testing.T) {
 			c.Providers = map[string]providers.Provider{"ci": told{(*worldProvider)(w), report}}
 			c.Once, c.Slots = false, 2
 		})
-		go func() { done <- a.Run(drain, t.Context()) }()
+		go func() { done <- a.Run(drain, lifetime(t)) }()
 		<-w.results
 		w.failWith(func(string, string) error { return nil })
 		<-w.results
@@ -210,5 +228,24 @@ func TestNoSlotForAStuckBox(t *testing.T) {
 			t.Error(err)
 		}
 		w.clean()
+	})
+}
+
+// An agent for one job says that it cannot begin it, instead of trying for ever.
+func TestOnceThatCannotBegin(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.offers <- job(providers.Step{Run: "print never"})
+		a := w.agent(nil)
+		jobs := filepath.Join(w.dir, "state", "jobs")
+		if err := errors.Join(os.Remove(jobs), os.WriteFile(jobs, nil, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		if err := a.Run(ctx, ctx); err == nil || ctx.Err() != nil {
+			t.Errorf("got %v (%v), want an error at once", err, ctx.Err())
+		}
 	})
 }

@@ -18,8 +18,7 @@ var errDown = errors.New("down")
 func TestLifeInOrder(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	w.longest = 10 * time.Minute
-	r := w.run(t.Context(), nil,
+	r := w.run(lifetime(t), nil,
 		providers.Step{Run: "print one\nenv PGUSER"},
 		providers.Step{ID: "deploy", Run: "env DEPLOY_KEY\nprint two"},
 		providers.Step{Run: "env DEPLOY_KEY\nprint three"})
@@ -66,10 +65,15 @@ func TestEveryCallFails(t *testing.T) {
 						}
 						return nil
 					})
-					r := w.run(t.Context(), nil, providers.Step{Run: "print one"}, providers.Step{ID: "deploy", Run: "print two"})
+					r := w.run(lifetime(t), nil, providers.Step{Run: "print one"}, providers.Step{ID: "deploy", Run: "print two"})
 					harmless := strings.HasPrefix(call, "audit.job.end") || call == "log.close" || call == "complete" || call == "audit.job.complete"
 					if r.Conclusion == providers.Success && !harmless && !slices.Contains([]string{"revoke", "probe", "box.destroy", "close", "audit.lease.revoke"}, call) {
 						t.Errorf("%s failed %d times: got success, want failure", call, times)
+					}
+					for _, e := range w.events {
+						if e.Action == "release.stuck" {
+							t.Errorf("%s failed %d times: the job got stuck: %s", call, times, e.Result)
+						}
 					}
 					w.clean()
 				})
@@ -84,7 +88,7 @@ func TestRefusedByPolicyHoldsNothing(t *testing.T) {
 	j := job(providers.Step{Run: "print one"})
 	j.Trust = providers.TrustFork
 	w.offers <- j
-	if err := w.agent(nil).Run(t.Context(), t.Context()); err != nil {
+	if err := w.agent(nil).Run(lifetime(t), lifetime(t)); err != nil {
 		t.Error(err)
 	}
 	if r := <-w.results; r.Conclusion != providers.Refused || !strings.Contains(r.Reason, "policy") {
@@ -131,7 +135,7 @@ func TestHowAJobEnds(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
-				kill, cancel := context.WithCancelCause(t.Context())
+				kill, cancel := context.WithCancelCause(lifetime(t))
 				defer cancel(nil)
 				if test.end != nil {
 					time.AfterFunc(time.Second, func() { test.end(w, cancel) })
@@ -167,7 +171,7 @@ func TestBoxThatWillNotDie(t *testing.T) {
 		done := make(chan error)
 		begun := time.Now()
 		a := w.agent(func(c *runner.Config) { c.Once, c.Slots = false, 4 })
-		go func() { done <- a.Run(drain, t.Context()) }()
+		go func() { done <- a.Run(drain, lifetime(t)) }()
 		for range 2 { // both were taken before the first was found stuck
 			r := <-w.results
 			if r.Conclusion != providers.Success {
@@ -213,7 +217,7 @@ func TestDrain(t *testing.T) {
 		drain, stop := context.WithCancel(t.Context())
 		done := make(chan error)
 		a := w.agent(func(c *runner.Config) { c.Once = false })
-		go func() { done <- a.Run(drain, t.Context()) }()
+		go func() { done <- a.Run(drain, lifetime(t)) }()
 		time.Sleep(time.Second)
 		stop()
 		w.offers <- job(providers.Step{Run: "print never"})
@@ -244,7 +248,7 @@ func TestRecoverAfterStop(t *testing.T) {
 		})
 		w.abandons = true
 		w.offers <- job(providers.Step{Run: "print one"})
-		kill, cancel := context.WithCancelCause(t.Context())
+		kill, cancel := context.WithCancelCause(lifetime(t))
 		time.AfterFunc(time.Minute, func() { cancel(runner.ErrStopping) })
 		if err := w.agent(nil).Run(kill, kill); err == nil {
 			t.Error("the agent stopped with debts: got nil, want an error that says so")
@@ -257,7 +261,7 @@ func TestRecoverAfterStop(t *testing.T) {
 		}
 		w.failWith(func(string, string) error { return nil })
 		w.freeState()
-		if err := w.agent(nil).Recover(t.Context()); err != nil {
+		if err := w.agent(nil).Recover(lifetime(t)); err != nil {
 			t.Error(err)
 		}
 		if r := <-w.results; r.Conclusion != providers.Success {
@@ -277,7 +281,7 @@ func TestGoneOfferLeavesNothing(t *testing.T) {
 		return nil
 	})
 	w.offers <- job(providers.Step{Run: "print one"})
-	if err := w.agent(nil).Run(t.Context(), t.Context()); err != nil {
+	if err := w.agent(nil).Run(lifetime(t), lifetime(t)); err != nil {
 		t.Error(err)
 	}
 	if got := w.happened(); !slices.Equal(got, []string{"claim"}) || len(w.results) != 0 {

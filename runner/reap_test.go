@@ -51,7 +51,7 @@ func TestReap(t *testing.T) {
 			w.leases[name] = creds.Grant{Subject: creds.Subject{Repository: owner}}
 		}
 		done := make(chan error)
-		go func() { done <- a.Run(t.Context(), t.Context()) }()
+		go func() { done <- a.Run(lifetime(t), lifetime(t)) }()
 		time.Sleep(2 * time.Minute) // the job blocks; the reaper has been round twice
 		left, err := os.ReadDir(w.boxes.Dir)
 		if err != nil || len(left) != 2 {
@@ -100,7 +100,7 @@ func TestUnreadableJournalStopsTheAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.offers <- job(providers.Step{Run: "print one"})
-	if err := a.Run(t.Context(), t.Context()); err == nil {
+	if err := a.Run(lifetime(t), lifetime(t)); err == nil {
 		t.Error("got nil, want an error that says which debts are unreadable")
 	}
 	if len(w.offers) != 1 {

@@ -51,7 +51,7 @@ type world struct {
 	// abandons is set by tests that stop an agent while something is owed: then
 	// alone a claim may stand that nobody watches.
 	abandons bool
-	longest  time.Duration // that a job may run; 0 is not looked at
+	latest   time.Time     // when a lease may end; zero is not looked at
 	generous time.Duration // by which leases outlive their grant
 	hang     string        // "put" or "get": then the box's guest does not answer
 	deploy   []string      // what lay in the file of the step's lease when each step ran
@@ -86,6 +86,15 @@ func newWorld(t *testing.T) *world {
 	}
 	w.boxes = &sandboxtest.Fake{Dir: boxes, Fail: func(call, name string) error { return w.note("box."+call, name) }}
 	return w
+}
+
+// lifetime ends an agent that would retry for ever: in a bubble its clock would
+// run on, and nothing would show.
+func lifetime(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Hour)
+	t.Cleanup(cancel)
+	return ctx
 }
 
 // note records a call and asks whether it shall fail.
@@ -305,8 +314,8 @@ func (i *worldIssuer) Issue(_ context.Context, name string, g creds.Grant) (cred
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.leases[name] = g // even if it fails: the agent cannot know
-	if latest := time.Now().Add(w.longest); w.longest > 0 && g.Expires.After(latest) {
-		w.t.Errorf("%s: asked for until %v, want the end of the job at the latest, %v", name, g.Expires, latest)
+	if !w.latest.IsZero() && g.Expires.After(w.latest) {
+		w.t.Errorf("%s: asked for until %v, want the end of the job at the latest, %v", name, g.Expires, w.latest)
 	}
 	return creds.Lease{
 		Values: map[string]creds.Secret{"password": creds.NewSecret("pw-" + name)},
