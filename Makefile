@@ -52,6 +52,7 @@ bench: deps build ## the budgets of the design; JSON to the file that BENCH_JSON
 crash: deps guest ## kill the agent at every point of a job's life and of the recovery
 	go vet -tags failpoint ./...
 	go test -tags failpoint -count=1 -timeout=$(CRASHTIMEOUT) $(CRASH)
+	go test -tags failpoint -count=1 -timeout=$(CRASHTIMEOUT) ./test/mutants
 
 fuzz: guest ## every fuzz test for FUZZTIME (10s) each
 	test/scripts/fuzz.sh
