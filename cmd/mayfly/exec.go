@@ -70,7 +70,11 @@ func runExec(c *call) error {
 	if err := agent.Run(ctx, ctx); err != nil {
 		return err // something is owed, and the result says nothing of it
 	}
-	return execResult(spool, id)
+	err = execResult(spool, id)
+	if gone := os.RemoveAll(spool); gone != nil { // the terminal had the log
+		return fmt.Errorf("spool: %w", gone)
+	}
+	return err
 }
 
 // wireExec is an agent for one job of one spool.

@@ -134,9 +134,9 @@ func nobody(ts *testscript.TestScript, neg bool, args []string) {
 	if _, err := os.Stat(program); err != nil {
 		from, err := exec.LookPath("mayfly")
 		ts.Check(err)
-		b, err := os.ReadFile(from)
-		ts.Check(err)
-		ts.Check(os.WriteFile(program, b, 0o755))
+		// A child of another script could inherit our descriptor for writing,
+		// and the program would be busy.
+		ts.Check(ts.Exec("install", "-m", "755", from, program))
 		ts.Check(filepath.WalkDir(work, func(path string, d fs.DirEntry, err error) error {
 			return errors.Join(err, os.Lchown(path, user, user))
 		}))
