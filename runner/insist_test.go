@@ -249,3 +249,25 @@ func TestOnceThatCannotBegin(t *testing.T) {
 		}
 	})
 }
+
+// The second signal ends a job whose provider cancelled it before, too.
+func TestStopAfterCancel(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		kill, stop := context.WithCancelCause(lifetime(t))
+		defer stop(nil)
+		time.AfterFunc(time.Second, func() { close(w.cancel) })
+		time.AfterFunc(2*time.Second, func() { stop(runner.ErrStopping) })
+		begun := time.Now()
+		r := w.run(kill, nil, providers.Step{Run: "block"}, providers.Step{Run: "block", If: "always()"},
+			providers.Step{Run: "print never", If: "always()"})
+		if took := time.Since(begun); r.Conclusion != providers.Cancelled || took > 10*time.Second {
+			t.Errorf("got %+v after %v, want cancelled at once", r, took)
+		}
+		if strings.Contains(w.shown(), "never") {
+			t.Error("a step was started after the agent was told to stop")
+		}
+		w.clean()
+	})
+}

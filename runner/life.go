@@ -71,7 +71,7 @@ func (a *Agent) live(ctx context.Context, provider string, offer providers.Offer
 
 	var result providers.Result
 	if err == nil {
-		result, err = l.run(jobCtx)
+		result, err = l.run(jobCtx, ctx)
 	}
 	if err != nil {
 		result = conclude(jobCtx, err)
@@ -80,8 +80,9 @@ func (a *Agent) live(ctx context.Context, provider string, offer providers.Offer
 	return a.settle(ctx, log, l.out)
 }
 
-// run admits the job and gives it the time that its plan allows.
-func (l *life) run(ctx context.Context) (providers.Result, error) {
+// run admits the job and gives it the time that its plan allows. The agent's own
+// context, alive, is for what still runs after the provider cancelled the job.
+func (l *life) run(ctx, alive context.Context) (providers.Result, error) {
 	plan, err := l.admit(ctx)
 	if err != nil {
 		return providers.Result{}, err
@@ -91,7 +92,7 @@ func (l *life) run(ctx context.Context) (providers.Result, error) {
 	defer cancel()
 	l.out.limit(plan.LogBytes)
 	l.clock.mark("admit")
-	result, err := l.inBox(ctx, plan, deadline)
+	result, err := l.inBox(ctx, alive, plan, deadline)
 	if err != nil {
 		return providers.Result{}, errors.Join(err, context.Cause(ctx))
 	}
@@ -99,7 +100,7 @@ func (l *life) run(ctx context.Context) (providers.Result, error) {
 }
 
 // inBox acquires what the plan grants and runs the job's steps.
-func (l *life) inBox(ctx context.Context, plan policy.Plan, deadline time.Time) (providers.Result, error) {
+func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time.Time) (providers.Result, error) {
 	if err := l.log.Intend(l.debts(plan)...); err != nil {
 		return providers.Result{}, err
 	}
@@ -135,7 +136,7 @@ func (l *life) inBox(ctx context.Context, plan policy.Plan, deadline time.Time) 
 	if err := steps.issue(ctx, ""); err != nil {
 		return providers.Result{}, err
 	}
-	return steps.run(ctx)
+	return steps.run(ctx, alive)
 }
 
 // debts names all that the plan will acquire, in the order of acquisition.

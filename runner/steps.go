@@ -50,7 +50,7 @@ type current struct {
 }
 
 // run runs the job's steps in order and returns how the job ended.
-func (s *steps) run(ctx context.Context) (providers.Result, error) {
+func (s *steps) run(ctx, alive context.Context) (providers.Result, error) {
 	s.env, s.done, s.status = map[string]string{}, map[string]any{}, providers.Success
 	env, err := interpolateAll(s.job.Env, s.scope(nil))
 	if err != nil {
@@ -58,11 +58,11 @@ func (s *steps) run(ctx context.Context) (providers.Result, error) {
 	}
 	s.env = env
 	for i, step := range s.job.Steps {
-		stepCtx, cancel := s.stepContext(ctx)
+		stepCtx, cancel := s.stepContext(ctx, alive)
 		err := s.runStep(stepCtx, &current{Step: step, index: i, started: time.Now()})
 		cancel()
 		if err == nil {
-			err = s.stopEarly(ctx)
+			err = s.stopEarly(ctx, alive)
 		}
 		if err != nil {
 			return providers.Result{}, err
@@ -75,8 +75,9 @@ func (s *steps) run(ctx context.Context) (providers.Result, error) {
 }
 
 // stepContext is the job's own context, except that after a cancellation by the
-// provider the remaining steps get a bounded time of their own.
-func (s *steps) stepContext(ctx context.Context) (context.Context, context.CancelFunc) {
+// provider the remaining steps get a bounded time of their own, while the agent
+// is alive.
+func (s *steps) stepContext(ctx, alive context.Context) (context.Context, context.CancelFunc) {
 	if !errors.Is(context.Cause(ctx), providers.ErrCancelled) {
 		return context.WithCancel(ctx)
 	}
@@ -84,11 +85,14 @@ func (s *steps) stepContext(ctx context.Context) (context.Context, context.Cance
 		s.status = providers.Cancelled
 		s.graceEnds = time.Now().Add(cancelGrace)
 	}
-	return context.WithDeadlineCause(context.WithoutCancel(ctx), earlier(s.graceEnds, s.deadline), ErrDeadline)
+	return context.WithDeadlineCause(alive, earlier(s.graceEnds, s.deadline), ErrDeadline)
 }
 
 // stopEarly says whether the job ended so that no further step may run.
-func (s *steps) stopEarly(ctx context.Context) error {
+func (s *steps) stopEarly(ctx, alive context.Context) error {
+	if err := context.Cause(alive); err != nil {
+		return err
+	}
 	if err := context.Cause(ctx); err != nil && !errors.Is(err, providers.ErrCancelled) {
 		return err
 	}
