@@ -1,6 +1,7 @@
 package runner
 
 import (
+	"context"
 	"crypto/rand"
 	"encoding/base32"
 	"encoding/json"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -45,6 +47,10 @@ type identity struct {
 
 const stateVersion = 1
 
+// lockPatience is half of how long OpenState waits for a lock: a fraction of a
+// second, since who asks beside a living agent waits as long.
+const lockPatience = 250 * time.Millisecond
+
 // OpenState takes the state directory for a new life of the agent, making it
 // if it is absent. It returns ErrInUse if another agent has it.
 func OpenState(dir string) (*State, error) {
@@ -55,10 +61,7 @@ func OpenState(dir string) (*State, error) {
 	if err != nil {
 		return nil, fmt.Errorf("state: %w", err)
 	}
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			err = ErrInUse
-		}
+	if err := take(lock); err != nil {
 		return nil, errors.Join(fmt.Errorf("state %s: %w", dir, err), lock.Close())
 	}
 	s, err := load(dir, true)
@@ -67,6 +70,20 @@ func OpenState(dir string) (*State, error) {
 	}
 	s.lock = lock
 	return s, nil
+}
+
+// take locks the file. A child that a killed agent was starting shares its lock
+// until it finds that the agent is dead, a moment later.
+func take(lock *os.File) error {
+	for wait := time.Millisecond; ; wait *= 2 {
+		err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return err
+		}
+		if wait > lockPatience || !pause(context.Background(), wait) {
+			return ErrInUse
+		}
+	}
 }
 
 // PeekState opens the state directory for reading beside a living agent. Jobs
