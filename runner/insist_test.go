@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -267,6 +268,32 @@ func TestStopAfterCancel(t *testing.T) {
 		}
 		if strings.Contains(w.shown(), "never") {
 			t.Error("a step was started after the agent was told to stop")
+		}
+		w.clean()
+	})
+}
+
+// deaf is a provider whose Watch does not work.
+type deaf struct {
+	*worldProvider
+	calls atomic.Int32
+}
+
+func (d *deaf) Watch(context.Context, string, []byte) error {
+	d.calls.Add(1)
+	return errDown
+}
+
+// A service that is down is asked less and less often.
+func TestWatchBacksOff(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		p := &deaf{worldProvider: (*worldProvider)(w)}
+		w.run(lifetime(t), func(c *runner.Config) { c.Providers = map[string]providers.Provider{"ci": p} },
+			providers.Step{Run: "block"})
+		if n := p.calls.Load(); n < 10 || n > 40 {
+			t.Errorf("watched %d times in ten minutes, want about one each half a minute", n)
 		}
 		w.clean()
 	})

@@ -112,15 +112,17 @@ func (a *Agent) watch(ctx context.Context, cancel context.CancelCauseFunc, log *
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		for watching.Err() == nil {
+		for wait := retryFirst; watching.Err() == nil; pause(watching, wait) {
 			err := provider.Watch(watching, claim.Name, claim.Handle)
 			switch {
 			case errors.Is(err, providers.ErrCancelled):
 				cancel(providers.ErrCancelled)
-			case err != nil && watching.Err() == nil:
-				a.cfg.Log.Warn().Err(err).Str("job", log.Job).Msg("watch")
+			case err == nil:
+				wait = retryFirst
+			case watching.Err() == nil:
+				wait = backoff(wait)
+				a.cfg.Log.Warn().Err(err).Str("job", log.Job).Dur("retry_in", wait).Msg("watch")
 			}
-			pause(watching, retryFirst)
 		}
 	}()
 	return func() {
