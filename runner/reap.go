@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/mayfly-ci/mayfly/runner/internal/journal"
@@ -30,7 +31,9 @@ func (a *Agent) Orphans(ctx context.Context) ([]Orphan, error) {
 			errs = append(errs, fmt.Errorf("list boxes of %s: %w", by, err))
 		}
 		for _, b := range boxes {
-			if b.Labels.Owner == a.state.Owner {
+			// The box of a doctor beside us is no job's, and ends by itself.
+			doctor := !strings.HasPrefix(b.Name, jobPrefix) && time.Now().Before(b.Expires)
+			if b.Labels.Owner == a.state.Owner && !doctor {
 				found = append(found, Orphan{kindBox, b.Name, by, b.Expires})
 			}
 		}

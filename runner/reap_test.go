@@ -54,8 +54,8 @@ func TestReap(t *testing.T) {
 		go func() { done <- a.Run(lifetime(t), lifetime(t)) }()
 		time.Sleep(2 * time.Minute) // the job blocks; the reaper has been round twice
 		left, err := os.ReadDir(w.boxes.Dir)
-		if err != nil || len(left) != 2 {
-			t.Errorf("boxes while the job runs: %v, %v, want the job's own and the foreign one", left, err)
+		if err != nil || len(left) != 3 {
+			t.Errorf("boxes while the job runs: %v, %v, want the job's own, the foreign one and the doctor's", left, err)
 		}
 		if _, err := os.Stat(filepath.Join(w.boxes.Dir, orphan)); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("the orphan box is still there: %v", err)
@@ -81,8 +81,8 @@ func TestReap(t *testing.T) {
 				reaped++
 			}
 		}
-		if reaped != 2 {
-			t.Errorf("%d events of the reaper, want 2", reaped)
+		if reaped != 3 {
+			t.Errorf("%d events of the reaper, want 3: the doctor's box once it had expired", reaped)
 		}
 		<-w.results
 		w.clean()
