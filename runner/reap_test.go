@@ -50,6 +50,10 @@ func TestReap(t *testing.T) {
 			}
 			w.leases[name] = creds.Grant{Subject: creds.Subject{Repository: owner}}
 		}
+		examined := sandbox.Spec{Labels: sandbox.Labels{Owner: state.Owner}, Expires: time.Now().Add(3 * time.Minute)}
+		if _, err := w.boxes.Create(t.Context(), "check-1", examined); err != nil {
+			t.Fatal(err)
+		}
 		done := make(chan error)
 		go func() { done <- a.Run(lifetime(t), lifetime(t)) }()
 		time.Sleep(2 * time.Minute) // the job blocks; the reaper has been round twice
