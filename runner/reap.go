@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/mayfly-ci/mayfly/runner/internal/journal"
+	"github.com/mayfly-ci/mayfly/sandbox"
 )
 
 // An Orphan is something outside that carries this installation's label and
@@ -32,7 +33,7 @@ func (a *Agent) Orphans(ctx context.Context) ([]Orphan, error) {
 		}
 		for _, b := range boxes {
 			// The box of a doctor beside us is no job's, and ends by itself.
-			doctor := !strings.HasPrefix(b.Name, jobPrefix) && time.Now().Before(b.Expires)
+			doctor := strings.HasPrefix(b.Name, sandbox.CheckPrefix) && time.Now().Before(b.Expires)
 			if b.Labels.Owner == a.state.Owner && !doctor {
 				found = append(found, Orphan{kindBox, b.Name, by, b.Expires})
 			}

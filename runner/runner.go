@@ -159,6 +159,9 @@ func (a *Agent) Run(drain, kill context.Context) error {
 		wg.Go(func() { a.poll(work, jobs, name, done, &left) })
 	}
 	wg.Wait()
+	if jobs, err := a.state.Jobs(); err == nil && len(jobs) == 0 {
+		return nil // what went wrong on the way has been said, and is paid
+	}
 	return errors.Join(recovered, left.err())
 }
 

@@ -161,6 +161,9 @@ func (s *steps) inScope(ctx context.Context, step *current) (ending, error) {
 		return failed(err), err
 	}
 	end := s.exec(ctx, step)
+	if errors.Is(end.reason, sandbox.ErrDied) {
+		return end, end.reason // no step can go on, tolerated or not
+	}
 	if err := s.dropSecrets(ctx, step.ID); err != nil {
 		return end, err
 	}

@@ -81,6 +81,8 @@ type Runtime interface {
 
 	// Check probes this machine, without a job, and says what the runtime
 	// enforces here and what it does not. An error means it cannot be used.
+	// The box that it makes for this is named with CheckPrefix and expires
+	// within a minute.
 	Check(ctx context.Context) ([]Claim, error)
 }
 
@@ -144,6 +146,9 @@ type Exit struct {
 	Signal int // signal that killed it, 0 if none
 	OOM    bool
 }
+
+// CheckPrefix begins the names of boxes that Check makes; no job's name does.
+const CheckPrefix = "check-"
 
 // Paths that every box has, whatever the runtime.
 const (

@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/mayfly-ci/mayfly/runner"
+	"github.com/mayfly-ci/mayfly/sandbox"
 )
 
 func runAgent(c *call) error {
@@ -39,6 +41,9 @@ func runAgent(c *call) error {
 // cannot hold a box takes no jobs, and the first job finds the base ready.
 func (w *wiring) probe(ctx context.Context) error {
 	for name, runtime := range w.agent.Runtimes {
+		if err := dropChecks(ctx, runtime); err != nil {
+			return fmt.Errorf("runtime %s: %w", name, err)
+		}
 		claims, err := runtime.Check(ctx)
 		if err != nil {
 			return fmt.Errorf("runtime %s: %w", name, err)
@@ -46,6 +51,24 @@ func (w *wiring) probe(ctx context.Context) error {
 		for _, c := range claims {
 			if !c.Enforced {
 				w.agent.Log.Warn().Str("runtime", name).Str("claim", c.Name).Str("detail", c.Detail).Msg("not enforced here")
+			}
+		}
+	}
+	return nil
+}
+
+// dropChecks destroys the probe of an agent that was killed while it started.
+// Later the reaper leaves such boxes alone until they expire, because they are
+// a doctor's.
+func dropChecks(ctx context.Context, runtime sandbox.Runtime) error {
+	boxes, err := runtime.List(ctx)
+	if err != nil {
+		return err
+	}
+	for _, b := range boxes {
+		if strings.HasPrefix(b.Name, sandbox.CheckPrefix) {
+			if err := runtime.Destroy(ctx, b.Name); err != nil {
+				return err
 			}
 		}
 	}

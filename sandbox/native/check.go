@@ -19,7 +19,7 @@ const cleanup = 10 * time.Second
 // destroys it, so a runtime that passes has everything that Create needs, and
 // the base is ready for the first job.
 func (r *Runtime) Check(ctx context.Context) (claims []sandbox.Claim, err error) {
-	name := "check-" + strings.ToLower(rand.Text())
+	name := sandbox.CheckPrefix + strings.ToLower(rand.Text())
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
 		defer cancel()
