@@ -214,7 +214,7 @@ func TestNoSlotForAStuckBox(t *testing.T) {
 			}
 		})
 		w.offers <- job(providers.Step{Run: "print one"})
-		drain, stop := context.WithCancel(t.Context())
+		drain, stop := context.WithCancel(lifetime(t))
 		done := make(chan error)
 		a := w.agent(func(c *runner.Config) {
 			c.Providers = map[string]providers.Provider{"ci": told{(*worldProvider)(w), report}}

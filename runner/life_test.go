@@ -167,7 +167,7 @@ func TestBoxThatWillNotDie(t *testing.T) {
 		})
 		w.offers <- job(providers.Step{Run: "print one"})
 		w.offers <- job(providers.Step{Run: "print two"})
-		drain, stop := context.WithCancel(t.Context())
+		drain, stop := context.WithCancel(lifetime(t))
 		done := make(chan error)
 		begun := time.Now()
 		a := w.agent(func(c *runner.Config) { c.Once, c.Slots = false, 4 })
@@ -214,7 +214,7 @@ func TestDrain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		w.offers <- job(providers.Step{Run: "block", TimeoutMinutes: "5", ContinueOnError: "true"})
-		drain, stop := context.WithCancel(t.Context())
+		drain, stop := context.WithCancel(lifetime(t))
 		done := make(chan error)
 		a := w.agent(func(c *runner.Config) { c.Once = false })
 		go func() { done <- a.Run(drain, lifetime(t)) }()

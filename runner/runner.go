@@ -159,7 +159,7 @@ func (a *Agent) Run(drain, kill context.Context) error {
 		wg.Go(func() { a.poll(work, jobs, name, done, &left) })
 	}
 	wg.Wait()
-	if jobs, err := a.state.Jobs(); err == nil && len(jobs) == 0 {
+	if jobs, err := a.state.Jobs(); err == nil && len(jobs) == 0 && !a.cfg.Once {
 		return nil // what went wrong on the way has been said, and is paid
 	}
 	return errors.Join(recovered, left.err())

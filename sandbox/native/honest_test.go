@@ -62,7 +62,7 @@ s = socket.socket(); s.bind(("0.0.0.0", 8080)); s.listen()
 threading.Thread(target=lambda: s.accept()[0].sendall(b"served")).start()
 print(socket.create_connection(("127.0.0.1", 8080)).recv(10))'`, "served"},
 		{"port below 1024", `/usr/bin/python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 80)); print("bound")'`, "bound"},
-		{"host name", `getent hosts $(hostname); hostname`, "192.0.2.1"},
+		{"host name", `getent hosts $(hostname); getent ahostsv4 $(hostname); hostname`, "192.0.2.1"},
 		{"git", `git init -q r && cd r && echo x > f && git add f && git -c user.name=a -c user.email=a@b commit -qm m && git log --oneline`, " m"},
 		{"gcc", `printf '#include <stdio.h>\n#include <pthread.h>\nvoid*f(void*a){puts("threaded");return 0;}int main(){pthread_t t;pthread_create(&t,0,f,0);pthread_join(t,0);}' > x.c && gcc -pthread x.c -o x && ./x`, "threaded"},
 		{"go", `mkdir -p m && cd m && printf 'module m\n\ngo 1.21\n' > go.mod && printf 'package main\n\nimport "os"\n\nfunc main() { os.Stdout.WriteString("compiled") }\n' > main.go && go build -o m . && ./m`, "compiled"},
