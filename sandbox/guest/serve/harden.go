@@ -51,6 +51,11 @@ func Harden() error {
 	return nil
 }
 
+// lastSignal is the last real-time signal of the kernel. Those of libc, 32 and
+// 33, may have been ignored by whoever started the agent, and a process inherits
+// that.
+const lastSignal = 64
+
 // defaultSignals takes the handlers of the Go runtime away from all signals but
 // SIGURG, by which it preempts its goroutines, SIGPROF, and SIGPIPE, which it
 // turns into an error of the write.
@@ -58,7 +63,7 @@ func defaultSignals() error {
 	// struct sigaction of the kernel, not of libc: handler, flags, restorer,
 	// mask; the order of the zeros does not matter.
 	var deflt [4]uint64
-	for s := syscall.Signal(1); s < 32; s++ {
+	for s := syscall.Signal(1); s <= lastSignal; s++ {
 		switch s {
 		case syscall.SIGKILL, syscall.SIGSTOP, syscall.SIGURG, syscall.SIGPROF, syscall.SIGPIPE:
 			continue
