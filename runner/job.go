@@ -79,6 +79,7 @@ func (l *life) ledger(line egress.Line) error {
 	if object == "" {
 		object = line.Address
 	}
+	object = l.out.hide(object) // a job may look up a secret as a name
 	werr := l.audit(context.Background(), l.log.Job, "egress."+line.Network, object, err,
 		"verdict", string(line.Verdict), "gateway", line.Gateway, "address", line.Address, "port", number(int64(line.Port)),
 		"protocol", string(line.Protocol), "rule", line.Rule, "dialled", line.Dialled,

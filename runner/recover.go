@@ -10,20 +10,15 @@ import (
 	"github.com/mayfly-ci/mayfly/runner/internal/journal"
 )
 
-// recoverAtOnce is how many jobs of an earlier life are released at the same
-// time: enough that one issuer that is down does not hold the others up.
-const recoverAtOnce = 8
-
-// recover releases what an earlier life of the agent left behind. It is the
-// release of life.go over the same log; polling does not wait for it.
+// recover releases what an earlier life of the agent left behind, all of it at
+// once: an issuer that is down must not keep the claims of other jobs from being
+// kept alive. It is the release of life.go over the same log; polling does not
+// wait for it.
 func (a *Agent) recover(ctx context.Context, logs []*journal.Log) error {
 	var wg sync.WaitGroup
 	var left errorList
-	free := make(chan struct{}, recoverAtOnce)
 	for _, log := range logs {
-		free <- struct{}{}
 		wg.Go(func() {
-			defer func() { <-free }()
 			if err := a.recoverOne(ctx, log); err != nil {
 				left.add(fmt.Errorf("recover %s: %w", log.Job, err))
 			}
