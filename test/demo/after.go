@@ -117,7 +117,11 @@ func (s *stage) showReceipt() error {
 
 func (s *stage) showLedger(job string) error {
 	return s.events(audit.Filter{Job: job, Action: "egress."}, func(e audit.Event) error {
-		fmt.Printf("  %-4s %-32s %-8s %s\n", strings.TrimPrefix(e.Action, "egress."), e.Object+":"+e.Detail["port"], e.Detail["protocol"], e.Result)
+		verdict := e.Detail["verdict"]
+		if e.Result != "ok" {
+			verdict = e.Result
+		}
+		fmt.Printf("  %-4s %-24s %-5s %s\n", strings.TrimPrefix(e.Action, "egress."), e.Object+":"+e.Detail["port"], e.Detail["protocol"], verdict)
 		return nil
 	})
 }
