@@ -85,6 +85,7 @@ func (s *scene) life(t *testing.T, mode, point string, trace bool) (points []str
 	ctx, cancel := context.WithTimeout(context.Background(), crashTimeout)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "/proc/self/exe")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // its servers die with the test too
 	cmd.Env = append(os.Environ(), envWorld+"="+string(world), envMode+"="+mode, envPoint+"="+point)
 	file := filepath.Join(s.Dir, "trace")
 	if trace {
