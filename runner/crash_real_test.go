@@ -4,6 +4,7 @@ package runner_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -83,14 +84,14 @@ func (s *scene) removeCgroups(t *testing.T) {
 			t.Error(err)
 		}
 		for _, parent := range parents {
-			groups, err := filepath.Glob(parent + "/*/")
-			if err != nil {
-				t.Error(err)
-			}
-			for _, dir := range append(groups, parent) {
-				if err := os.Remove(dir); err != nil {
-					t.Errorf("cgroup: %v", err)
+			entries, err := os.ReadDir(parent)
+			for _, e := range entries {
+				if e.IsDir() {
+					err = errors.Join(err, os.Remove(filepath.Join(parent, e.Name())))
 				}
+			}
+			if err := errors.Join(err, os.Remove(parent)); err != nil {
+				t.Errorf("cgroup: %v", err)
 			}
 		}
 	}
@@ -118,7 +119,7 @@ func (s *scene) realLeft() ([]string, error) {
 	}
 	for _, pattern := range []string{
 		filepath.Join(s.Dir, "native", "boxes", "*"), filepath.Join(s.Dir, "native", "ids", "*"),
-		"/sys/fs/cgroup/*/" + s.cgroup() + "/*/mf-*/", "/sys/fs/cgroup/" + s.cgroup() + "/*/mf-*/",
+		"/sys/fs/cgroup/*/" + s.cgroup() + "/*/mf-*", "/sys/fs/cgroup/" + s.cgroup() + "/*/mf-*",
 	} {
 		found, err := filepath.Glob(pattern)
 		if err != nil {
