@@ -24,23 +24,45 @@ import (
 // program is the guest, built once for all tests of the package.
 var program string
 
-// writer in the environment makes the test binary a process that writes as many
-// zeros to a pipe that it has made large enough to take them all at once.
-const writer = "MAYFLY_TEST_WRITER"
+// filler in the environment makes the test binary a process that writes zeros to
+// its output until nobody has taken any for a while, and ends. The file that
+// filler names then says how many they were. How much a pipe takes is not
+// assumed: it is less for a user who has many (pipe(7), pipe-user-pages-soft).
+const filler = "MAYFLY_TEST_FILLER"
 
 func TestMain(m *testing.M) {
-	if size, err := strconv.Atoi(os.Getenv(writer)); err == nil {
-		_, err := unix.FcntlInt(1, unix.F_SETPIPE_SZ, 1<<20)
-		if err == nil {
-			_, err = os.Stdout.Write(make([]byte, size))
-		}
-		if err != nil {
+	if count := os.Getenv(filler); count != "" {
+		if err := fill(count); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
 		os.Exit(0)
 	}
 	os.Exit(buildAndRun(m))
+}
+
+func fill(count string) error {
+	if err := unix.SetNonblock(1, true); err != nil {
+		return err
+	}
+	written, zeros := 0, make([]byte, 4096)
+	for {
+		n, err := unix.Write(1, zeros)
+		if err == nil {
+			written += n
+			continue
+		}
+		if err != unix.EAGAIN {
+			return err
+		}
+		ready, err := unix.Poll([]unix.PollFd{{Fd: 1, Events: unix.POLLOUT}}, 300)
+		if err != nil && err != unix.EINTR {
+			return err
+		}
+		if ready == 0 && err == nil {
+			return os.WriteFile(count, []byte(strconv.Itoa(written)), 0o600)
+		}
+	}
 }
 
 func buildAndRun(m *testing.M) int {
