@@ -42,7 +42,7 @@ func (o *output) String() string {
 func (w *World) Launch(tb testing.TB) *Agent {
 	tb.Helper()
 	a := &Agent{ended: make(chan struct{})}
-	cmd := exec.Command(program(), "agent", "--config", w.Config())
+	cmd := exec.Command(w.Program, "agent", "--config", w.Config())
 	cmd.Stdout, cmd.Stderr = &a.log, &a.log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	started := make(chan error, 1)

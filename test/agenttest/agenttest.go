@@ -49,6 +49,7 @@ type World struct {
 	Repository string
 	Cgroup     string // parent of the groups of its boxes, below each tree
 	Database   *postgrestest.Server
+	Program    string // the mayfly that is run
 }
 
 // New makes a World below a directory that goes with tb. The agent is not
@@ -58,7 +59,7 @@ func New(tb testing.TB, c Config) *World {
 	dir := tb.TempDir()
 	w := &World{
 		Dir: dir, State: c.State, Spool: c.Spool, Repository: filepath.Join(dir, "repository"),
-		Cgroup: "mayfly-test-" + strings.ToLower(rand.Text())[:12], Database: c.Database,
+		Cgroup: "mayfly-test-" + strings.ToLower(rand.Text())[:12], Database: c.Database, Program: program(),
 	}
 	if w.State == "" {
 		w.State = filepath.Join(dir, "state")
@@ -166,7 +167,7 @@ func (w *World) Run(tb testing.TB, args ...string) (out string, code int) {
 	tb.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, program(), append(args, "--config", w.Config())...)
+	cmd := exec.CommandContext(ctx, w.Program, append(args, "--config", w.Config())...)
 	b, err := cmd.CombinedOutput()
 	if _, ended := errors.AsType[*exec.ExitError](err); err != nil && !ended {
 		tb.Fatalf("mayfly %v: %v", args, err)

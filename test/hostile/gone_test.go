@@ -109,33 +109,3 @@ func guest(t *testing.T, w *agenttest.World) int {
 	}
 	return found
 }
-
-// A clock that jumps back and forth, over the ends of months and years, leaves
-// the record in order: its chain does not depend on time. The clock is injected,
-// since the machine's is everybody's and a time namespace does not have one of
-// its own. What the agent reads from the machine (deadlines, the end of a lease
-// and of a box) is not covered.
-func TestClockThatJumps(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	now := time.Now()
-	for i, jump := range []time.Duration{0, 40 * 24 * time.Hour, -400 * 24 * time.Hour, 0, -time.Second, 5000 * 24 * time.Hour, 0} {
-		record, err := audit.OpenFile(dir, audit.FileOptions{}) // a new life each time
-		agenttest.Must(t, err)
-		for range 3 {
-			agenttest.Must(t, record.Append(t.Context(), audit.Event{Time: now.Add(jump), Job: "mf-x", Action: "test", Object: strconv.Itoa(i)}))
-		}
-		agenttest.Must(t, record.Close())
-	}
-	if _, err := audit.Verify(dir); err != nil {
-		t.Errorf("the record after a clock that jumped: %v", err)
-	}
-	var order []string
-	for e, err := range audit.Read(dir, audit.Filter{Action: "test"}) {
-		agenttest.Must(t, err)
-		order = append(order, e.Object)
-	}
-	if got, want := strings.Join(order, ""), "000111222333444555666"; got != want {
-		t.Errorf("events in the order %s, want %s", got, want)
-	}
-}

@@ -31,7 +31,9 @@ func ends(t *testing.T, w *agenttest.World, id string, want providers.Conclusion
 func begins(t *testing.T, w *agenttest.World, workflow string) (id string) {
 	t.Helper()
 	id = w.Submit(t, workflow)
-	agenttest.Eventually(t, 30*time.Second, "job "+id+" prints", func() bool { return strings.Contains(w.Log(t, id), "begun") })
+	if !agenttest.Within(30*time.Second, func() bool { return strings.Contains(w.Log(t, id), "begun") }) {
+		t.Fatalf("job %s does not begin within 30 s; its log:\n%s", id, w.Log(t, id))
+	}
 	return id
 }
 
