@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"os"
 	"path/filepath"
 	"testing"
@@ -59,7 +60,10 @@ func (s *scene) runtime(owner string) (*native.Runtime, error) {
 	})
 }
 
-func (s *scene) cgroup() string { return fmt.Sprintf("mayfly-crash-%d", s.Lane) }
+// cgroup is the lane's alone, also of a test that runs from another checkout.
+func (s *scene) cgroup() string {
+	return fmt.Sprintf("mayfly-crash-%08x-%d", crc32.ChecksumIEEE([]byte(s.Dir)), s.Lane)
+}
 
 func (s *scene) real(cfg *runner.Config, state *runner.State) error {
 	runtime, err := s.runtime(state.Owner)
