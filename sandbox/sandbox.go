@@ -133,7 +133,28 @@ type Process struct {
 	Stdout Output   // nil discards
 	Stderr Output
 	Grace  time.Duration // between interrupt, terminate and kill; 0 is the runtime's default
+
+	// Stdin is what the process reads, to the end of the channel; nil is
+	// /dev/null. Run takes from it as the process reads, and nothing more once
+	// the process has ended. What was sent must not be changed.
+	Stdin <-chan []byte
+	// TTY, if set, gives the process a terminal of its own as its input and
+	// outputs: what Stdin carries is typed, and its end means nothing; what the
+	// terminal shows goes to Stdout.
+	TTY *TTY
+	// Alone kills every other process of the box first, whoever started it.
+	// They are gone, or Run returns ErrDied, even if p cannot be started.
+	Alone bool
 }
+
+// A TTY is a terminal for a process.
+type TTY struct {
+	Size   Size        // at the start
+	Resize <-chan Size // sizes that follow; nil is none
+}
+
+// A Size is that of a terminal, in characters.
+type Size struct{ Rows, Cols uint16 }
 
 // An Output receives what a process prints. at is stamped by the guest when it
 // read the bytes. b is valid only during the call. Blocking in it blocks the

@@ -204,7 +204,7 @@ func (c *Client) dispatch(t wire.Type, p []byte) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch t {
-	case wire.Stdout, wire.Stderr, wire.Exit:
+	case wire.Stdout, wire.Stderr, wire.Exit, wire.InputGrant:
 		if c.process == nil {
 			return fmt.Errorf("%w: type %d, but no process runs", wire.ErrFrame, t)
 		}

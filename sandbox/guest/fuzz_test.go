@@ -92,6 +92,7 @@ func FuzzClient(f *testing.F) {
 	f.Add(append(part(wire.AppendExit(nil, 3, 0)), part(wire.AppendUint32(nil, wire.Grant, 5), wire.AppendResult(nil, wire.OK, ""))...))
 	f.Add(append(part(wire.AppendExit(nil, 3, 0), wire.AppendResult(nil, wire.Refused, "no")), part(wire.AppendFrame(nil, wire.FileData, "abc"), wire.AppendResult(nil, wire.OK, ""))...))
 	f.Add(part(wire.AppendFrame(nil, wire.FileData, strings.Repeat("x", 200))))
+	f.Add(append(part(wire.AppendUint32(nil, wire.InputGrant, 6), wire.AppendExit(nil, 3, 0)), part(wire.AppendUint32(nil, wire.InputGrant, 1<<31))...))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		if len(data) > 1<<20 {
 			return
@@ -112,8 +113,15 @@ func FuzzClient(f *testing.F) {
 			n += len(b)
 			return nil
 		}
-		for range 2 {
-			exit, err := c.Run(ctx, sandbox.Process{Args: []string{"x"}, Stdout: out, Stderr: out})
+		for round := range 2 {
+			p := sandbox.Process{Args: []string{"x"}, Stdout: out, Stderr: out}
+			if round == 0 {
+				in := make(chan []byte, 1)
+				in <- make([]byte, wire.Window)
+				close(in)
+				p.Stdin, p.TTY = in, &sandbox.TTY{}
+			}
+			exit, err := c.Run(ctx, p)
 			bounded(err)
 			if exit.Code < 0 || exit.Code > 255 || exit.Signal < 0 || exit.Signal > 64 {
 				t.Errorf("exit: got %+v, which no process has", exit)

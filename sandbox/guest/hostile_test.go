@@ -119,7 +119,9 @@ func TestHostileGuestHarmsOnlyItself(t *testing.T) {
 func TestNothingMayFollowTheEnd(t *testing.T) {
 	t.Parallel()
 	exit, result := wire.AppendExit(nil, 0, 0), wire.AppendResult(nil, wire.OK, "")
+	input := wire.AppendUint32(nil, wire.InputGrant, 0)
 	for name, say := range map[string][]byte{
+		"input":  append(bytes.Clone(exit), input...),
 		"exit":   bytes.Join([][]byte{exit, exit}, nil),
 		"output": append(bytes.Clone(exit), output(9)...),
 		"result": bytes.Join([][]byte{result, result}, nil),

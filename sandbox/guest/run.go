@@ -14,6 +14,7 @@ import (
 // A process is the guest's half of a Run: what the reading goroutine knows of it.
 type process struct {
 	output *wire.Inbox
+	credit *wire.Credit  // for input; nil if there is none
 	exit   sandbox.Exit  // valid when exited is closed
 	exited chan struct{} // closed by receive
 }
@@ -23,7 +24,14 @@ func (r *process) receive(t wire.Type, p []byte) error {
 	if isClosed(r.exited) {
 		return fmt.Errorf("%w: type %d after the exit", wire.ErrFrame, t)
 	}
-	if t == wire.Exit {
+	switch t {
+	case wire.InputGrant:
+		n, err := wire.ParseUint32(p)
+		if err != nil || r.credit == nil || !r.credit.Add(n) {
+			return fmt.Errorf("%w: grant of more input than was sent", wire.ErrFrame)
+		}
+		return nil
+	case wire.Exit:
 		status, signal, err := wire.ParseExit(p)
 		if err != nil {
 			return fmt.Errorf("exit: %w", err)
@@ -66,20 +74,36 @@ func (c *Client) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, erro
 		return tooLong(p)
 	}
 	r := &process{output: wire.NewInbox(), exited: make(chan struct{})}
+	command := command(p)
+	if command.Input != wire.Nothing {
+		r.credit = wire.NewCredit()
+	}
 	if err := c.adopt(r); err != nil {
 		return sandbox.Exit{}, err
 	}
 	defer c.abandon()
-	if err := c.send(wire.AppendStart(nil, wire.Command{Dir: p.Dir, Args: p.Args, Env: p.Env})); err != nil {
+	if err := c.send(wire.AppendStart(nil, command)); err != nil {
 		return sandbox.Exit{}, err
 	}
 	f := follower{client: c, process: r, spec: p, stopping: make(chan struct{})}
 	return f.follow(ctx)
 }
 
+// command is p in the words of the protocol.
+func command(p sandbox.Process) wire.Command {
+	c := wire.Command{Dir: p.Dir, Args: p.Args, Env: p.Env, Alone: p.Alone}
+	switch {
+	case p.TTY != nil:
+		c.Input, c.Size = wire.Terminal, wire.Size(p.TTY.Size)
+	case p.Stdin != nil:
+		c.Input = wire.Pipe
+	}
+	return c
+}
+
 // startSize is the size of the payload of a Start for p.
 func startSize(p sandbox.Process) int {
-	size := 4 + len(p.Dir) + 4
+	size := wire.StartHead + 4 + len(p.Dir) + 4
 	for _, s := range p.Args {
 		size += 4 + len(s)
 	}
@@ -138,15 +162,20 @@ type follower struct {
 }
 
 // follow delivers output until the process has exited, and stops it when ctx
-// ends or an output fails. The end of ctx has a goroutine of its own, since an
-// output may be what blocks.
+// ends or an output fails. The end of ctx has a goroutine of its own, and so has
+// the input, since an output may be what blocks.
 func (f *follower) follow(ctx context.Context) (exit sandbox.Exit, err error) {
 	told := make(chan struct{})
 	watched := context.AfterFunc(ctx, func() {
 		defer close(told)
 		f.stop(context.Cause(ctx))
 	})
+	var fed sync.WaitGroup
+	if f.process.credit != nil {
+		fed.Go(f.feed)
+	}
 	exit, err = f.loop()
+	fed.Wait()
 	if !watched() {
 		<-told
 	}
@@ -196,6 +225,64 @@ func (f *follower) loop() (sandbox.Exit, error) {
 			overdue = time.After(max(left, 0))
 		}
 	}
+}
+
+// feed sends the process what it is to read, until it has exited.
+func (f *follower) feed() {
+	in := f.spec.Stdin
+	var sizes <-chan sandbox.Size
+	if f.spec.TTY != nil {
+		sizes = f.spec.TTY.Resize
+	}
+	for {
+		var frame []byte
+		select {
+		case b, more := <-in:
+			if more {
+				if !f.input(b) {
+					return
+				}
+				continue
+			}
+			in, frame = nil, wire.AppendHeader(nil, wire.InputEnd, 0)
+		case size, more := <-sizes:
+			if !more {
+				sizes = nil
+				continue
+			}
+			frame = wire.AppendResize(nil, wire.Size(size))
+		case <-f.process.exited:
+			return
+		case <-f.client.done:
+			return
+		}
+		if f.client.send(frame) != nil {
+			return
+		}
+	}
+}
+
+// input sends bytes as the guest grants it. It reports false if there is no
+// point in it any more.
+func (f *follower) input(b []byte) bool {
+	for len(b) > 0 {
+		n := min(len(b), wire.MaxData)
+		for !f.process.credit.Try(wire.HeaderSize + n) {
+			select {
+			case <-f.process.credit.Wake():
+			case <-f.process.exited:
+				return false
+			case <-f.client.done:
+				return false
+			}
+		}
+		frame := append(wire.AppendHeader(make([]byte, 0, wire.HeaderSize+n), wire.Input, n), b[:n]...)
+		if f.client.send(frame) != nil {
+			return false
+		}
+		b = b[n:]
+	}
+	return true
 }
 
 // stop tells the guest to stop the process, once. A process that has exited is

@@ -2,8 +2,10 @@ package serve
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"strconv"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -12,6 +14,36 @@ import (
 // what was forked before its parent was stopped in the round before, so a few
 // are enough; a process that is not found in as many has outrun its limits.
 const maxFreezes = 64
+
+// clearTime is how long processes may take to die of a SIGKILL. It takes
+// microseconds, and longer for one that waits for a disk.
+const clearTime = 5 * time.Second
+
+// errSurvivors is the end of a box in which a command is to be alone and cannot.
+var errSurvivors = errors.New("processes of the box outlive a SIGKILL")
+
+// clear kills every process of the box but the guest, and reports whether none
+// is left. The kernel kills all of them at once (kill(2), -1), so that none can
+// fork its way out. A guest that is not process 1 (a test) has no box to clear.
+func (g *guest) clear() bool {
+	if !g.children.init {
+		return true
+	}
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for end := time.Now().Add(clearTime); time.Now().Before(end); {
+		_ = unix.Kill(-1, unix.SIGKILL) // there is nobody to kill
+		if len(processes()) == 0 {
+			return true
+		}
+		select {
+		case <-tick.C:
+		case <-g.done:
+			return false
+		}
+	}
+	return false
+}
 
 // A process is a line of /proc. Its start time tells it from a later process
 // with the same id.

@@ -171,6 +171,8 @@ func (g *guest) dispatch(t wire.Type, p []byte) error {
 		if err != nil || (g.step != nil && !g.step.credit.Add(n)) {
 			return fmt.Errorf("%w: grant", ErrProtocol)
 		}
+	case wire.Input, wire.InputEnd, wire.Resize:
+		return g.dispatchInput(t, p)
 	default:
 		return g.dispatchTransfer(t, p)
 	}

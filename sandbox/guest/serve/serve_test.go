@@ -16,17 +16,17 @@ import (
 )
 
 // startTrue starts /bin/true whatever it is told: a fuzzer may not choose.
-func startTrue(_ wire.Command, stdout, stderr int) (int, error) {
+func startTrue(_ wire.Command, files [3]int) (int, error) {
 	return syscall.ForkExec("/bin/true", []string{"true"}, &syscall.ProcAttr{
-		Files: []uintptr{uintptr(stderr), uintptr(stdout), uintptr(stderr)},
+		Files: []uintptr{uintptr(files[2]), uintptr(files[1]), uintptr(files[2])},
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	})
 }
 
 // startSleep starts something that lasts.
-func startSleep(_ wire.Command, stdout, stderr int) (int, error) {
+func startSleep(_ wire.Command, files [3]int) (int, error) {
 	return syscall.ForkExec("/bin/sleep", []string{"sleep", "1000"}, &syscall.ProcAttr{
-		Files: []uintptr{uintptr(stderr), uintptr(stdout), uintptr(stderr)},
+		Files: []uintptr{uintptr(files[2]), uintptr(files[1]), uintptr(files[2])},
 		Sys:   &syscall.SysProcAttr{Setsid: true},
 	})
 }
@@ -64,6 +64,8 @@ func talk(t *testing.T, root string, start startFunc, data []byte, n int) (frame
 func TestAgentThatBreaksTheProtocol(t *testing.T) {
 	t.Parallel()
 	start := wire.AppendStart(nil, wire.Command{Dir: "/", Args: []string{"x"}})
+	piped := wire.AppendStart(nil, wire.Command{Dir: "/", Args: []string{"x"}, Input: wire.Pipe})
+	terminal := wire.AppendStart(nil, wire.Command{Dir: "/", Args: []string{"x"}, Input: wire.Terminal})
 	put := wire.AppendFrame(nil, wire.PutOpen, "/x")
 	get := wire.AppendGet(nil, "/x", 1)
 	for name, c := range map[string]struct {
@@ -76,6 +78,10 @@ func TestAgentThatBreaksTheProtocol(t *testing.T) {
 		"short grant":       {[][]byte{wire.AppendFrame(nil, wire.Grant, "x")}, ErrProtocol},
 		"short get":         {[][]byte{wire.AppendFrame(nil, wire.GetOpen, "x")}, ErrProtocol},
 		"grant of too much": {[][]byte{start, wire.AppendUint32(nil, wire.Grant, 1<<31)}, ErrProtocol},
+		"input of nothing":  {[][]byte{start, wire.AppendFrame(nil, wire.Input, "x")}, ErrProtocol},
+		"resize of a pipe":  {[][]byte{piped, wire.AppendResize(nil, wire.Size{})}, ErrProtocol},
+		"broken resize":     {[][]byte{terminal, wire.AppendFrame(nil, wire.Resize, "123")}, ErrProtocol},
+		"more than granted": {[][]byte{terminal, bytes.Repeat(wire.AppendFrame(nil, wire.Input, string(make([]byte, wire.MaxData))), 100)}, ErrProtocol},
 		"two transfers":     {[][]byte{put, put}, ErrProtocol},
 		"put and get":       {[][]byte{put, get}, ErrProtocol},
 		"own frames":        {[][]byte{wire.AppendExit(nil, 0, 0)}, wire.ErrFrame},
@@ -99,6 +105,7 @@ func TestFramesThatCrossTheEndAreDropped(t *testing.T) {
 	in := bytes.Join([][]byte{
 		wire.AppendUint32(nil, wire.Stop, 1), wire.AppendUint32(nil, wire.Grant, 100),
 		wire.AppendHeader(nil, wire.Cancel, 0), wire.AppendFrame(nil, wire.PutData, "x"), wire.AppendHeader(nil, wire.PutEnd, 0),
+		wire.AppendFrame(nil, wire.Input, "x"), wire.AppendHeader(nil, wire.InputEnd, 0), wire.AppendResize(nil, wire.Size{}),
 		wire.AppendStart(nil, wire.Command{Dir: "/", Args: []string{"x"}}),
 	}, nil)
 	frames, err := talk(t, t.TempDir(), startTrue, in, 2)
@@ -193,6 +200,10 @@ func FuzzServe(f *testing.F) {
 	f.Add(append(wire.AppendGet(nil, "/../canary", 100), wire.AppendHeader(nil, wire.Cancel, 0)...))
 	f.Add(wire.AppendUint32(wire.AppendStart(nil, wire.Command{Dir: "/", Args: []string{"x"}}), wire.Stop, 0))
 	f.Add(wire.AppendUint32(wire.AppendStart(nil, wire.Command{}), wire.Grant, 1))
+	for _, c := range []wire.Command{{Dir: "/", Args: []string{"x"}, Input: wire.Pipe, Alone: true}, {Dir: "/", Args: []string{"x"}, Input: wire.Terminal}} {
+		typed := wire.AppendResize(wire.AppendFrame(wire.AppendStart(nil, c), wire.Input, "ls\r\x03"), wire.Size{Rows: 1, Cols: 1})
+		f.Add(wire.AppendHeader(typed, wire.InputEnd, 0))
+	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		if len(data) > 1<<20 {
 			return

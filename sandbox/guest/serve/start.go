@@ -28,9 +28,10 @@ const (
 	statusCannot   = 126
 )
 
-// A startFunc starts a command in a session of its own, with nothing but
-// /dev/null and the two descriptors as 0, 1 and 2.
-type startFunc func(c wire.Command, stdout, stderr int) (pid int, err error)
+// A startFunc starts a command in a session of its own, with nothing but files
+// as its descriptors; null among them is /dev/null. A terminal is the session's
+// own.
+type startFunc func(c wire.Command, files [3]int) (pid int, err error)
 
 // A startError is why a command could not be started.
 type startError struct {
@@ -107,7 +108,12 @@ func (s *starter) lower() error {
 }
 
 // start implements startFunc. Its errors are *startError.
-func (s *starter) start(c wire.Command, stdout, stderr int) (int, error) {
+func (s *starter) start(c wire.Command, files [3]int) (int, error) {
+	for i, fd := range files {
+		if fd == null {
+			files[i] = int(s.null.Fd())
+		}
+	}
 	program, err := find(c)
 	if err != nil {
 		return 0, err
@@ -118,8 +124,8 @@ func (s *starter) start(c wire.Command, stdout, stderr int) (int, error) {
 	pid, err := syscall.ForkExec(program, c.Args, &syscall.ProcAttr{
 		Dir:   c.Dir,
 		Env:   c.Env,
-		Files: []uintptr{s.null.Fd(), uintptr(stdout), uintptr(stderr)},
-		Sys:   &syscall.SysProcAttr{Setsid: true},
+		Files: []uintptr{uintptr(files[0]), uintptr(files[1]), uintptr(files[2])},
+		Sys:   &syscall.SysProcAttr{Setsid: true, Setctty: c.Input == wire.Terminal}, // Ctty is 0
 	})
 	// It was possible when the guest began and nobody can have forbidden it
 	// since; if it fails all the same, the step runs and only the order in

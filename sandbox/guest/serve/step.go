@@ -3,6 +3,7 @@ package serve
 import (
 	"errors"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -20,11 +21,18 @@ const drainTime = 250 * time.Millisecond
 type step struct {
 	command wire.Command
 	credit  *wire.Credit       // for output
+	input   *transfer          // nil if it reads /dev/null
 	stop    chan time.Duration // told at most once: the grace
+
+	terminal syscall.RawConn // nil if it has none, or not yet; guest.mu guards it
 }
 
 func newStep(c wire.Command) *step {
-	return &step{command: c, credit: wire.NewCredit(), stop: make(chan time.Duration, 1)}
+	s := &step{command: c, credit: wire.NewCredit(), stop: make(chan time.Duration, 1)}
+	if c.Input != wire.Nothing {
+		s.input = newTransfer()
+	}
+	return s
 }
 
 // stopAfter asks for the end of the step. Only the first request counts.
@@ -48,38 +56,53 @@ func (g *guest) run(s *step) {
 	}
 }
 
-// execute starts the process, copies its output and waits for both.
+// execute starts the process, copies its input and output and waits for all.
 func (g *guest) execute(s *step) unix.WaitStatus {
-	stdout, outWriter, err := newPipe()
+	if s.command.Alone && !g.clear() {
+		g.end(errSurvivors)
+		return 0 // nobody is left to hear it
+	}
+	ends, err := g.connect(s)
 	if err != nil {
 		return g.explain(s, err)
 	}
-	stderr, errWriter, err := newPipe()
+	pid, exited, err := g.children.begin(func() (int, error) { return g.start(s.command, ends.child) })
 	if err != nil {
-		stdout.close()
-		closeFD(outWriter)
+		ends.closeAll()
 		return g.explain(s, err)
 	}
-	pid, exited, err := g.children.begin(func() (int, error) {
-		return g.start(s.command, outWriter, errWriter)
-	})
-	closeFD(outWriter)
-	closeFD(errWriter)
-	if err != nil {
-		stdout.close()
-		stderr.close()
-		return g.explain(s, err)
+	ends.closeChild()
+	var fed, copied sync.WaitGroup
+	for _, o := range ends.outputs {
+		g.tails.add(o.pipe)
+		copied.Add(1)
+		g.tasks.Go(func() { g.copy(s, o.as, o.pipe, &copied) })
 	}
-	g.tails.add(stdout, stderr)
-	var copied sync.WaitGroup
-	copied.Add(2)
-	g.tasks.Go(func() { g.copy(s, wire.Stdout, stdout, &copied) })
-	g.tasks.Go(func() { g.copy(s, wire.Stderr, stderr, &copied) })
+	if s.input != nil {
+		fed.Go(func() { g.feed(s, ends) })
+	}
 	status := g.supervise(s, pid, exited)
-	stdout.drain()
-	stderr.drain()
+	if s.input != nil {
+		g.starve(s, ends)
+		fed.Wait() // no grant may follow the exit
+	}
+	for _, o := range ends.outputs {
+		o.pipe.drain()
+	}
 	copied.Wait()
 	return status
+}
+
+// connect opens the streams of a step. A size that has come since its Start
+// counts.
+func (g *guest) connect(s *step) (*streams, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	ends, err := openStreams(s.command)
+	if err == nil && s.command.Input == wire.Terminal {
+		s.terminal = ends.outputs[0].pipe.raw
+	}
+	return ends, err
 }
 
 // explain tells on stderr why the command could not be started.

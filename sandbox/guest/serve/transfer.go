@@ -25,10 +25,10 @@ type refusal string
 
 func (r refusal) Error() string { return string(r) }
 
-// A transfer is a Put or a Get under way.
+// A transfer is a Put or a Get under way, or the input of a step.
 type transfer struct {
-	inbox   *wire.Inbox   // of a Put
-	err     error         // why stopped is closed: io.EOF after a PutEnd
+	inbox   *wire.Inbox   // of a Put or an input
+	err     error         // why stopped is closed: io.EOF after a PutEnd or InputEnd
 	stopped chan struct{} // no more will come
 }
 

@@ -24,7 +24,7 @@ const (
 
 // put unpacks what comes in below dir.
 func (g *guest) put(x *transfer, dir string) {
-	in := &incoming{guest: g, transfer: x}
+	in := &incoming{guest: g, transfer: x, grant: wire.Grant}
 	root, err := openDirectory(g.root, dir)
 	if err == nil {
 		if g.scratch == nil {
@@ -36,10 +36,12 @@ func (g *guest) put(x *transfer, dir string) {
 	g.finish(nil, err)
 }
 
-// incoming is the data of a Put. It grants as much again as is read.
+// incoming is the data of a Put, or the input of a step. It grants as much again
+// as is read.
 type incoming struct {
 	guest    *guest
 	transfer *transfer
+	grant    wire.Type
 	batch    []byte // frames taken from the inbox
 	rest     []byte // of batch, frames not read yet
 	data     []byte // of the frame being read
@@ -79,7 +81,7 @@ func (in *incoming) Read(b []byte) (int, error) {
 
 func (in *incoming) pay(n int) {
 	if in.unpaid += n; in.unpaid >= wire.GrantAt {
-		in.guest.say(wire.AppendUint32(nil, wire.Grant, uint32(in.unpaid))) // at most a window
+		in.guest.say(wire.AppendUint32(nil, in.grant, uint32(in.unpaid))) // at most a window
 		in.unpaid = 0
 	}
 }

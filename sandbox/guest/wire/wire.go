@@ -4,15 +4,17 @@
 //
 // A frame is a type byte, the length of the payload as a big-endian uint32, and
 // the payload. There is one stream, and on it two conversations that do not
-// wait for each other: the process (Start, Stop, Stdout, Stderr, Exit) and the
-// transfer (Put or Get). Each holds at most one thing at a time and frames of a
-// conversation keep their order, so frames carry no numbers.
+// wait for each other: the process (Start, Input, Stop, Stdout, Stderr, Exit)
+// and the transfer (Put or Get). Each holds at most one thing at a time and
+// frames of a conversation keep their order, so frames carry no numbers.
 //
 //	guest                                agent
 //	  Hello ────────────────────────────▶
 //	  ◀──────────────────────────── Start
 //	  Stdout, Stderr… ──────────────────▶   at most Window unread bytes,
 //	  ◀─────────────────────────── Grant…   more when the agent grants them
+//	  ◀───── Input, InputEnd, Resize…       if Start asks for input; at most
+//	  InputGrant… ──────────────────────▶   Window unread bytes of it
 //	  ◀───────────────────────────── Stop   at any time
 //	  Exit ─────────────────────────────▶   after the last output
 //
@@ -36,7 +38,7 @@ import (
 
 // Version is the revision of the protocol. Both ends come from one build, so
 // they either agree or something is wrong with the installation.
-const Version = 1
+const Version = 2
 
 // A Type says what a frame is. The two directions share no type but Grant, so
 // an end that is fed its own output refuses it.
@@ -44,13 +46,16 @@ type Type byte
 
 // Frames from the agent to the guest.
 const (
-	Start   Type = 1 + iota // run a process: AppendStart
-	Stop                    // interrupt, terminate, kill: uint32 milliseconds between them
-	PutOpen                 // unpack a tar stream: the directory
-	PutData                 // the next bytes of it
-	PutEnd                  // no more bytes
-	GetOpen                 // send a file: AppendGet
-	Cancel                  // give up the transfer; empty
+	Start    Type = 1 + iota // run a process: AppendStart
+	Stop                     // interrupt, terminate, kill: uint32 milliseconds between them
+	PutOpen                  // unpack a tar stream: the directory
+	PutData                  // the next bytes of it
+	PutEnd                   // no more bytes
+	GetOpen                  // send a file: AppendGet
+	Cancel                   // give up the transfer; empty
+	Input                    // the next bytes of the process's input
+	InputEnd                 // no more of them; nothing to a terminal; empty
+	Resize                   // of the terminal: AppendResize
 )
 
 // Grant lets the other end send more bytes: uint32, headers included.
@@ -58,12 +63,13 @@ const Grant Type = 32
 
 // Frames from the guest to the agent.
 const (
-	Hello    Type = 64 + iota // first frame of all: AppendHello
-	Stdout                    // int64 Unix nanoseconds, then output
-	Stderr                    // the same
-	Exit                      // status byte, signal byte
-	FileData                  // the next bytes of the file asked for
-	Result                    // end of a transfer: Code byte, then a message
+	Hello      Type = 64 + iota // first frame of all: AppendHello
+	Stdout                      // int64 Unix nanoseconds, then output
+	Stderr                      // the same
+	Exit                        // status byte, signal byte
+	FileData                    // the next bytes of the file asked for
+	Result                      // end of a transfer: Code byte, then a message
+	InputGrant                  // lets the agent send more input: uint32, headers included
 )
 
 const (
@@ -121,10 +127,12 @@ func limit(s Side, t Type) int {
 			return 4
 		case PutOpen:
 			return MaxPath
-		case PutData:
+		case PutData, Input:
 			return MaxData
-		case PutEnd, Cancel:
+		case PutEnd, Cancel, InputEnd:
 			return 0
+		case Resize:
+			return sizeBytes
 		case GetOpen:
 			return 8 + MaxPath
 		}
@@ -133,7 +141,7 @@ func limit(s Side, t Type) int {
 	switch t {
 	case Hello:
 		return helloSize
-	case Grant:
+	case Grant, InputGrant:
 		return 4
 	case Stdout, Stderr:
 		return StampSize + MaxData
@@ -159,12 +167,35 @@ const (
 	Canceled      // as the agent asked
 )
 
+// A Source says what the standard input of a process is.
+type Source byte
+
+// Sources of input. Any other is a broken protocol.
+const (
+	Nothing  Source = iota // /dev/null
+	Pipe                   // what Input carries, to its InputEnd
+	Terminal               // a new terminal, which is the process's output too
+)
+
+// A Size is that of a terminal, in characters.
+type Size struct{ Rows, Cols uint16 }
+
 // A Command is the payload of a Start.
 type Command struct {
-	Dir  string
-	Args []string
-	Env  []string
+	Input Source
+	Size  Size // of a Terminal; zero for the others
+	Alone bool // kill every other process of the box first
+	Dir   string
+	Args  []string
+	Env   []string
 }
+
+const (
+	sizeBytes = 4
+	// StartHead is what stands in front of the strings of a Start: the source,
+	// the size, and 1 for a command that is to be alone.
+	StartHead = 1 + sizeBytes + 1
+)
 
 // AppendHeader appends the header of a frame with n bytes of payload.
 func AppendHeader(b []byte, t Type, n int) []byte {
@@ -182,12 +213,12 @@ func AppendFrame(b []byte, t Type, payload string) []byte {
 	return append(AppendHeader(b, t, len(payload)), payload...)
 }
 
-// AppendUint32 appends a frame that holds one number: Stop or Grant.
+// AppendUint32 appends a frame that holds one number: Stop, Grant or InputGrant.
 func AppendUint32(b []byte, t Type, n uint32) []byte {
 	return binary.BigEndian.AppendUint32(AppendHeader(b, t, 4), n)
 }
 
-// ParseUint32 reads the payload of a Stop or Grant.
+// ParseUint32 reads the payload of a Stop, Grant or InputGrant.
 func ParseUint32(p []byte) (uint32, error) {
 	if len(p) != 4 {
 		return 0, ErrFrame
@@ -214,11 +245,30 @@ func ParseHello(p []byte) (version int, err error) {
 	return int(binary.BigEndian.Uint16(p[len(magic):])), nil
 }
 
-// AppendStart appends a Start frame. Its payload is the strings, each behind its
-// length as a uint32, with the number of arguments before the arguments.
+// AppendResize appends a Resize frame.
+func AppendResize(b []byte, s Size) []byte {
+	return appendSize(AppendHeader(b, Resize, sizeBytes), s)
+}
+
+// ParseResize reads the payload of a Resize.
+func ParseResize(p []byte) (Size, error) {
+	if len(p) != sizeBytes {
+		return Size{}, ErrFrame
+	}
+	return Size{binary.BigEndian.Uint16(p), binary.BigEndian.Uint16(p[2:])}, nil
+}
+
+func appendSize(b []byte, s Size) []byte {
+	return binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint16(b, s.Rows), s.Cols)
+}
+
+// AppendStart appends a Start frame. Its payload is the head and the strings,
+// each behind its length as a uint32, with the number of arguments before the
+// arguments.
 func AppendStart(b []byte, c Command) []byte {
 	at := len(b)
-	b = AppendHeader(b, Start, 0)
+	b = append(AppendHeader(b, Start, 0), byte(c.Input))
+	b = append(appendSize(b, c.Size), flag(c.Alone))
 	b = appendString(b, c.Dir)
 	b = binary.BigEndian.AppendUint32(b, uint32(len(c.Args)))
 	for _, s := range c.Args {
@@ -231,13 +281,28 @@ func AppendStart(b []byte, c Command) []byte {
 	return b
 }
 
+func flag(b bool) byte {
+	if b {
+		return 1
+	}
+	return 0
+}
+
 func appendString(b []byte, s string) []byte {
 	return append(binary.BigEndian.AppendUint32(b, uint32(len(s))), s...) // checked against MaxStart by the caller
 }
 
 // ParseStart reads the payload of a Start.
 func ParseStart(p []byte) (Command, error) {
-	var c Command
+	if len(p) < StartHead || Source(p[0]) > Terminal || p[StartHead-1] > 1 {
+		return Command{}, ErrFrame
+	}
+	size, err := ParseResize(p[1 : 1+sizeBytes])
+	c := Command{Input: Source(p[0]), Size: size, Alone: p[StartHead-1] == 1}
+	if err != nil || (c.Input != Terminal && size != Size{}) {
+		return Command{}, ErrFrame
+	}
+	p = p[StartHead:]
 	var ok bool
 	if c.Dir, p, ok = cutString(p); !ok || len(p) < 4 {
 		return Command{}, ErrFrame

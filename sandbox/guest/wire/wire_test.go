@@ -31,6 +31,8 @@ func TestFramesArriveAsTheyWereSent(t *testing.T) {
 	for _, c := range []wire.Command{
 		{},
 		{Dir: "/", Args: []string{"a", "", "c d"}, Env: []string{"A=1", ""}},
+		{Dir: "/", Input: wire.Pipe, Alone: true},
+		{Dir: "/", Input: wire.Terminal, Size: wire.Size{Rows: 24, Cols: 1<<16 - 1}},
 		{Args: []string{strings.Repeat("x", 200<<10)}, Env: []string{"B=2"}}, // larger than the reader's buffer
 	} {
 		typ, p := one(t, wire.FromAgent, wire.AppendStart(nil, c))
@@ -45,6 +47,10 @@ func TestFramesArriveAsTheyWereSent(t *testing.T) {
 	_, p = one(t, wire.FromAgent, wire.AppendUint32(nil, wire.Stop, 1<<32-1))
 	if n, err := wire.ParseUint32(p); err != nil || n != 1<<32-1 {
 		t.Errorf("stop: got %d and %v", n, err)
+	}
+	_, p = one(t, wire.FromAgent, wire.AppendResize(nil, wire.Size{Rows: 50, Cols: 300}))
+	if size, err := wire.ParseResize(p); err != nil || size != (wire.Size{Rows: 50, Cols: 300}) {
+		t.Errorf("resize: got %v and %v", size, err)
 	}
 	_, p = one(t, wire.FromAgent, wire.AppendGet(nil, "/a", 1<<63))
 	if path, n, err := wire.ParseGet(p); err != nil || path != "/a" || n != 1<<63 {
@@ -76,6 +82,11 @@ func TestReaderRefuses(t *testing.T) {
 		"unknown type":             {wire.FromAgent, "\x00\x00\x00\x00\x00", wire.ErrFrame},
 		"start too long":           {wire.FromAgent, "\x01\x00\x60\x00\x01", wire.ErrFrame},
 		"cancel with a payload":    {wire.FromAgent, "\x07\x00\x00\x00\x01x", wire.ErrFrame},
+		"input one byte too long":  {wire.FromAgent, "\x08\x00\x01\x00\x01", wire.ErrFrame},
+		"end of input with more":   {wire.FromAgent, "\x09\x00\x00\x00\x01x", wire.ErrFrame},
+		"size of five bytes":       {wire.FromAgent, "\x0a\x00\x00\x00\x05", wire.ErrFrame},
+		"input of the guest":       {wire.FromGuest, "\x08\x00\x00\x00\x00", wire.ErrFrame},
+		"grant of the guest's own": {wire.FromAgent, "\x46\x00\x00\x00\x04", wire.ErrFrame},
 		"exit of 4 GiB":            {wire.FromGuest, "\x43\xff\xff\xff\xff", wire.ErrFrame},
 		"output one byte too long": {wire.FromGuest, "\x41\x00\x01\x00\x09", wire.ErrFrame},
 	} {
@@ -93,11 +104,18 @@ func TestParsersRefuse(t *testing.T) {
 			t.Errorf("%s: got %v, want ErrFrame", name, err)
 		}
 	}
-	for _, p := range []string{"", "\x00\x00\x00", "\x00\x00\x00\x01", "\xff\xff\xff\xff", "\x00\x00\x00\x00\xff\xff\xff\xff", "\x00\x00\x00\x00\x00\x00\x00\x01\x00", "\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x01"} {
+	const head = "\x00\x00\x00\x00\x00\x00"
+	for _, p := range []string{"", "\x00", head[1:], "\x03" + head[1:] + head, "\x01\x00\x01" + head[3:] + head, head[:5] + "\x02" + head} {
 		_, err := wire.ParseStart([]byte(p))
+		fails("head of a start", err)
+	}
+	_, err := wire.ParseResize([]byte("123"))
+	fails("size", err)
+	for _, p := range []string{"", "\x00\x00\x00", "\x00\x00\x00\x01", "\xff\xff\xff\xff", "\x00\x00\x00\x00\xff\xff\xff\xff", "\x00\x00\x00\x00\x00\x00\x00\x01\x00", "\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x01"} {
+		_, err := wire.ParseStart([]byte(head + p))
 		fails("start", err)
 	}
-	_, err := wire.ParseUint32([]byte("123"))
+	_, err = wire.ParseUint32([]byte("123"))
 	fails("number", err)
 	_, _, err = wire.ParseGet([]byte("1234567"))
 	fails("get", err)
@@ -167,6 +185,9 @@ func TestInboxIsNeverMoreThanAWindow(t *testing.T) {
 func FuzzReader(f *testing.F) {
 	f.Add(true, wire.AppendStart(nil, wire.Command{Dir: "/", Args: []string{"a"}, Env: []string{"b"}}))
 	f.Add(true, wire.AppendGet(wire.AppendUint32(nil, wire.Stop, 7), "/x", 9))
+	f.Add(true, wire.AppendResize(wire.AppendFrame(wire.AppendStart(nil, wire.Command{Input: wire.Terminal, Size: wire.Size{Rows: 24, Cols: 80}}), wire.Input, "ls\r"), wire.Size{Rows: 1}))
+	f.Add(true, wire.AppendHeader(wire.AppendStart(nil, wire.Command{Dir: "/", Input: wire.Pipe, Alone: true}), wire.InputEnd, 0))
+	f.Add(false, wire.AppendUint32(nil, wire.InputGrant, 9))
 	f.Add(false, wire.AppendExit(wire.AppendHello(nil), 1, 0))
 	f.Add(false, wire.AppendResult(wire.AppendFrame(nil, wire.Stdout, "12345678abc"), wire.Refused, "no"))
 	f.Fuzz(func(t *testing.T, agent bool, data []byte) {
@@ -189,6 +210,7 @@ func FuzzReader(f *testing.F) {
 			}
 			_, _ = wire.ParseHello(p)
 			_, _ = wire.ParseUint32(p)
+			_, _ = wire.ParseResize(p)
 			_, _, _ = wire.ParseGet(p)
 			_, _, _ = wire.ParseExit(p)
 			_, _, _ = wire.ParseResult(p)
