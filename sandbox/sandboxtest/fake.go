@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"iter"
 	"os"
 	"path"
 	"path/filepath"
@@ -36,11 +37,14 @@ import (
 //	append F TEXT  add TEXT and a newline to the file F below sandbox.Run
 //	block          wait until the context ends
 //	exit N         end with status N
+//
+// A process with a Stdin reads its lines from there, one in each slice, and
+// prints the size of its terminal first if it has one; /bin/true does nothing.
 type Fake struct {
 	Dir   string
 	Trace func(point string) // called between effects; nil is none
 	// Fail, if set, is asked before each call ("create", "destroy", "list",
-	// "run") and its error returned.
+	// "run", and "alone" for a process that is to be) and its error returned.
 	Fail func(call, name string) error
 
 	mu sync.Mutex
@@ -179,39 +183,80 @@ func (b *fakeBox) Get(ctx context.Context, name string, limit int64) ([]byte, er
 }
 
 func (b *fakeBox) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, error) {
-	if err := b.fake.fail("run", b.name); err != nil {
+	call := "run"
+	if p.Alone {
+		call = "alone"
+	}
+	if err := b.fake.fail(call, b.name); err != nil {
 		return sandbox.Exit{}, err
+	}
+	if len(p.Args) > 0 && p.Args[0] == "/bin/true" {
+		return sandbox.Exit{}, nil
+	}
+	if p.TTY != nil {
+		if err := p.Stdout(time.Now(), fmt.Appendln(nil, p.TTY.Size.Rows, p.TTY.Size.Cols)); err != nil {
+			return sandbox.Exit{}, err
+		}
 	}
 	b.mu.Lock()
 	script := string(b.files[sandbox.Run+"/step"])
 	b.mu.Unlock()
-	for line := range strings.Lines(script) {
+	for line := range lines(ctx, script, p.Stdin) {
 		b.fake.here("fake.box.line")
-		word, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
-		switch word {
-		case "print", "env":
-			if word == "env" {
-				rest = lookup(p.Env, rest)
-			}
-			if err := p.Stdout(time.Now(), []byte(rest+"\n")); err != nil {
-				return sandbox.Exit{}, err
-			}
-		case "append":
-			file, text, _ := strings.Cut(rest, " ")
-			b.mu.Lock()
-			b.files[sandbox.Run+"/"+file] = append(b.files[sandbox.Run+"/"+file], text+"\n"...)
-			b.mu.Unlock()
-		case "block":
-			<-ctx.Done()
-		case "exit":
-			code, err := strconv.Atoi(rest)
-			return sandbox.Exit{Code: code}, err
-		}
-		if ctx.Err() != nil {
-			return sandbox.Exit{Code: 130, Signal: 2}, context.Cause(ctx)
+		exit, ended, err := b.line(ctx, p, line)
+		if ended || err != nil {
+			return exit, err
 		}
 	}
+	if ctx.Err() != nil {
+		return sandbox.Exit{Code: 130, Signal: 2}, context.Cause(ctx)
+	}
 	return sandbox.Exit{}, nil
+}
+
+// lines are those of the script, or of the input if there is one, until ctx ends.
+func lines(ctx context.Context, script string, in <-chan []byte) iter.Seq[string] {
+	if in == nil {
+		return strings.Lines(script)
+	}
+	return func(yield func(string) bool) {
+		for {
+			select {
+			case line, more := <-in:
+				if !more || !yield(string(line)) {
+					return
+				}
+			case <-ctx.Done():
+				return
+			}
+		}
+	}
+}
+
+// line does what one line says.
+func (b *fakeBox) line(ctx context.Context, p sandbox.Process, line string) (exit sandbox.Exit, ended bool, err error) {
+	word, rest, _ := strings.Cut(strings.TrimSpace(line), " ")
+	switch word {
+	case "print", "env":
+		if word == "env" {
+			rest = lookup(p.Env, rest)
+		}
+		err = p.Stdout(time.Now(), []byte(rest+"\n"))
+	case "append":
+		file, text, _ := strings.Cut(rest, " ")
+		b.mu.Lock()
+		b.files[sandbox.Run+"/"+file] = append(b.files[sandbox.Run+"/"+file], text+"\n"...)
+		b.mu.Unlock()
+	case "block":
+		<-ctx.Done()
+	case "exit":
+		exit.Code, err = strconv.Atoi(rest)
+		return exit, true, err
+	}
+	if err == nil && ctx.Err() != nil {
+		return sandbox.Exit{Code: 130, Signal: 2}, true, context.Cause(ctx)
+	}
+	return exit, false, err
 }
 
 func lookup(env []string, name string) string {
