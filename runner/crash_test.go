@@ -136,11 +136,15 @@ func (s *scene) check(t *testing.T, how string, finished bool) {
 	if err := errors.Join(err, json.Unmarshal(raw, &r)); err != nil {
 		t.Fatalf("%s: %v", how, err)
 	}
-	if finished && r.Conclusion != providers.Success {
-		t.Errorf("%s: a finished success was reported as %s (%s)", how, r.Conclusion, r.Reason)
+	want := providers.Success
+	if s.Kind == "kept" {
+		want = providers.Failure
 	}
-	if r.Conclusion != providers.Success && r.Conclusion != providers.Lost {
-		t.Errorf("%s: reported as %s (%s), want success or lost", how, r.Conclusion, r.Reason)
+	if finished && r.Conclusion != want {
+		t.Errorf("%s: a finished %s was reported as %s (%s)", how, want, r.Conclusion, r.Reason)
+	}
+	if r.Conclusion != want && r.Conclusion != providers.Lost {
+		t.Errorf("%s: reported as %s (%s), want %s or lost", how, r.Conclusion, r.Reason, want)
 	}
 	if n := s.reports(t); n > 1 {
 		t.Errorf("%s: reported %d times", how, n)
@@ -220,6 +224,10 @@ func parallel(points []string, free chan *scene, do func(s *scene, i int) int) i
 
 // TestCrashFake is the protocol alone: a job over files.
 func TestCrashFake(t *testing.T) { crash(t, "fake") }
+
+// TestCrashKept is that of a job that fails and whose box is kept: until the
+// agent stops, or is killed.
+func TestCrashKept(t *testing.T) { crash(t, "kept") }
 
 // TestCrashReal is the same over the native box, the gateway and PostgreSQL.
 func TestCrashReal(t *testing.T) { crash(t, "real") }

@@ -55,7 +55,7 @@ jobs:
       - run: %s one
       - id: deploy
         run: %s two
-      - run: %s three
+      - run: %s
 `
 
 // A scene is one world of the crash test; it is handed to the agent's process.
@@ -97,7 +97,11 @@ func (s *scene) prepare(t *testing.T) {
 	if out, err := exec.Command("git", "init", "-q", filepath.Join(s.Dir, "repo")).CombinedOutput(); err != nil {
 		t.Fatalf("git init: %v: %s", err, out)
 	}
-	workflow := fmt.Sprintf(crashWorkflow, say, say, say)
+	last := say + " three"
+	if s.Kind == "kept" {
+		last = "exit 3"
+	}
+	workflow := fmt.Sprintf(crashWorkflow, say, say, last)
 	job := fmt.Sprintf(`{"repository": %q, "workflow": ".github/workflows/ci.yml", "event": "push", "worktree": true}`,
 		filepath.Join(s.Dir, "repo"))
 	err := errors.Join(
@@ -117,7 +121,11 @@ func (s *scene) remove(t *testing.T) {
 
 // config is the agent of this world.
 func (s *scene) config(state *runner.State) (runner.Config, error) {
-	p, err := policy.Parse([]byte(crashPolicy), "policy.yaml")
+	text := crashPolicy
+	if s.Kind == "kept" {
+		text += "    keep-on-failure: 1h\n"
+	}
+	p, err := policy.Parse([]byte(text), "policy.yaml")
 	if err != nil {
 		return runner.Config{}, err
 	}
@@ -131,7 +139,7 @@ func (s *scene) config(state *runner.State) (runner.Config, error) {
 	}
 	cfg := runner.Config{
 		Providers: map[string]providers.Provider{"local": &counted{spool, s.Dir}},
-		Policy:    p, Audit: record, Log: zerolog.Nop(), Slots: 1, Once: true,
+		Policy:    p, Audit: record, Log: zerolog.Nop(), Slots: 1, Keep: 2, Once: true,
 	}
 	if s.Kind == "real" {
 		return cfg, s.real(&cfg, state)
@@ -179,6 +187,11 @@ type counted struct {
 }
 
 func (c *counted) Complete(ctx context.Context, name string, ref []byte, r providers.Result) error {
+	if r.Conclusion == providers.Failure {
+		if err := c.onlyBox(); err != nil {
+			return err
+		}
+	}
 	result := filepath.Join(c.dir, "spool", "done", crashJob, "result.json")
 	before, _ := os.ReadFile(result)
 	if err := c.Provider.Complete(ctx, name, ref, r); err != nil {
@@ -194,6 +207,15 @@ func (c *counted) Complete(ctx context.Context, name string, ref []byte, r provi
 	}
 	_, err = f.WriteString("!")
 	return errors.Join(err, f.Close())
+}
+
+// onlyBox wants no lease beside a box that is kept.
+func (c *counted) onlyBox() error {
+	leases, err := os.ReadDir(filepath.Join(c.dir, "leases"))
+	if len(leases) > 0 {
+		err = errors.Join(err, fmt.Errorf("reported beside %d leases", len(leases)))
+	}
+	return err
 }
 
 // fileIssuer issues leases that are files, named after them.

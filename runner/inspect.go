@@ -2,6 +2,7 @@ package runner
 
 import (
 	"encoding/json"
+	"time"
 
 	"github.com/mayfly-ci/mayfly/providers"
 )
@@ -22,6 +23,9 @@ type DebtInfo struct {
 	Name  string `json:"name"`
 	By    string `json:"by,omitempty"`    // provider, runtime or issuer
 	Scope string `json:"scope,omitempty"` // step that it is bound to
+	// Until is set of a box that is kept: until then, while this life of the
+	// agent lasts.
+	Until time.Time `json:"until,omitzero"`
 }
 
 // Jobs lists every job that still owes something. It can be called beside a
@@ -32,7 +36,7 @@ func (s *State) Jobs() ([]JobInfo, error) {
 	for _, log := range logs {
 		info := JobInfo{Job: log.Job, Generation: log.Generation, Damaged: log.Damaged}
 		for _, d := range log.Debts() {
-			info.Owes = append(info.Owes, DebtInfo{d.Kind, d.Name, d.By, d.Scope})
+			info.Owes = append(info.Owes, DebtInfo{d.Kind, d.Name, d.By, d.Scope, d.Until})
 		}
 		if raw := log.Outcome(); raw != nil {
 			info.Outcome = &providers.Result{}

@@ -32,6 +32,7 @@ type life struct {
 	job      providers.Job
 	out      *stream
 	clock    *stopwatch
+	steps    *steps // nil before there is a box
 }
 
 // admit asks the policy, and writes down its answer before anything follows
@@ -64,8 +65,17 @@ func (l *life) spec(plan policy.Plan, deadline time.Time) sandbox.Spec {
 	return sandbox.Spec{
 		Labels:  sandbox.Labels{Owner: l.state.Owner, Job: l.log.Job, Generation: l.state.Generation},
 		Limits:  plan.Limits,
-		Expires: deadline.Add(boxGrace),
+		Expires: l.expires(plan, deadline),
 	}
+}
+
+// expires is when the box ends itself: the time that it may be kept is in it
+// from birth.
+func (l *life) expires(plan policy.Plan, deadline time.Time) time.Time {
+	if l.cfg.Keep > 0 {
+		deadline = deadline.Add(plan.Keep)
+	}
+	return deadline.Add(boxGrace)
 }
 
 // ledger writes one attempt to reach something into the audit, and shows a

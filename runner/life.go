@@ -25,6 +25,7 @@ import (
 //	                                                └─ step: rules, leases, run
 //	released:  step's leases and rules, before the next step
 //	           leases (refused at their issuer) → box → gateway → claim (= report)
+//	kept:      the box of a failed job, if its plan says so, until its time is over
 //
 // Everything is named and written down before it is made, and destroyable from
 // that name alone. So one function, release, is the only cleanup there is: it
@@ -42,8 +43,9 @@ const (
 
 // live takes one offer through its life, from the claim to the report. It
 // returns when nothing of the job is left, or when ctx, which outlives the
-// job's own context, ends.
-func (a *Agent) live(ctx context.Context, provider string, offer providers.Offer, claimed func()) error {
+// job's own context, ends. If all that is left is a box that is kept, parted is
+// called first.
+func (a *Agent) live(ctx context.Context, provider string, offer providers.Offer, claimed, parted func()) error {
 	defer claimed()
 	name := newJobName()
 	log, err := a.state.journal.Begin(name, journal.Debt{Kind: kindClaim, Name: name, By: provider})
@@ -77,6 +79,9 @@ func (a *Agent) live(ctx context.Context, provider string, offer providers.Offer
 		result = conclude(jobCtx, err)
 	}
 	l.setOutcome(result)
+	if k := l.keep(ctx, result, func() { stop(); parted() }); k != nil {
+		defer close(k.gone)
+	}
 	return a.settle(ctx, log, l.out)
 }
 
@@ -132,11 +137,11 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 	}
 	l.clock.mark("attach")
 
-	steps := &steps{life: l, box: box, plan: plan, deadline: deadline}
-	if err := steps.issue(ctx, ""); err != nil {
+	l.steps = &steps{life: l, box: box, plan: plan, deadline: deadline}
+	if err := l.steps.issue(ctx, ""); err != nil {
 		return providers.Result{}, err
 	}
-	return steps.run(ctx, alive)
+	return l.steps.run(ctx, alive)
 }
 
 // debts names all that the plan will acquire, in the order of acquisition.
@@ -204,6 +209,9 @@ func (a *Agent) release(ctx context.Context, log *journal.Log, scope string, out
 	defer cancel()
 	var errs []error
 	for _, d := range log.Debts() {
+		if d.Kind == kindBox && a.kept.holds(log.Job) {
+			continue
+		}
 		if scope != "" && d.Scope != scope {
 			continue
 		}
@@ -271,6 +279,9 @@ func (a *Agent) report(ctx context.Context, log *journal.Log, d journal.Debt, ou
 	}
 	result, err := outcome(log)
 	if err != nil {
+		return err
+	}
+	if err := a.tellKept(ctx, log, out); err != nil {
 		return err
 	}
 	if err := a.closeLog(ctx, provider, d, out, result); err != nil && !late {

@@ -66,6 +66,7 @@ type Config struct {
 	Log       zerolog.Logger
 
 	Slots int           // jobs at once; at least 1
+	Keep  int           // boxes of failed jobs that are kept at once, if the policy says so; 0 is none
 	Drain time.Duration // how long the first signal waits for running jobs; 0 is until they end
 
 	ReleaseTimeout time.Duration // 0 is a minute
@@ -85,6 +86,8 @@ type Agent struct {
 	stuck int             // boxes that will not die: no new jobs while there is one
 	halt  chan struct{}   // closed while stuck > 0
 	freed chan struct{}   // closed while stuck == 0
+
+	kept keptBoxes
 }
 
 // New checks the configuration. A policy is needed: without one, no agent.
@@ -98,6 +101,9 @@ func New(cfg Config, state *State) (*Agent, error) {
 	}
 	if cfg.Gateway == nil || cfg.Audit == nil || cfg.Policy == nil || state == nil {
 		errs = append(errs, errors.New("gateway, audit, policy and state are required"))
+	}
+	if cfg.Keep < 0 {
+		errs = append(errs, fmt.Errorf("%d kept boxes, want at least 0", cfg.Keep))
 	}
 	if cfg.Slots < 1 {
 		errs = append(errs, fmt.Errorf("%d slots, want at least 1", cfg.Slots))
@@ -144,6 +150,7 @@ func (a *Agent) Run(drain, kill context.Context) error {
 
 	work, done := context.WithCancel(drain)
 	defer done()
+	context.AfterFunc(work, a.kept.close)
 	jobs, cancel := context.WithCancelCause(kill)
 	defer cancel(nil)
 	if a.cfg.Drain > 0 {
@@ -182,16 +189,19 @@ func (a *Agent) poll(ctx, kill context.Context, provider string, done func(), le
 		}
 		wait = retryFirst
 		claimed := make(chan struct{})
+		part := sync.OnceFunc(func() {
+			<-a.slots
+			if a.cfg.Once {
+				done()
+			}
+		})
 		jobs.Go(func() {
-			defer func() { <-a.slots }()
-			err := a.live(kill, provider, offer, sync.OnceFunc(func() { close(claimed) }))
+			defer part()
+			err := a.live(kill, provider, offer, sync.OnceFunc(func() { close(claimed) }), part)
 			if err != nil {
 				left.add(err)
 				a.cfg.Log.Error().Err(err).Str("provider", provider).Str("offer", offer.ID).Msg("job")
 				pause(ctx, retryFirst) // a full disk must not turn into a loop
-			}
-			if a.cfg.Once {
-				done()
 			}
 		})
 		<-claimed // an offer that is not claimed yet would be offered again

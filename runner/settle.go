@@ -37,12 +37,20 @@ func (a *Agent) settle(ctx context.Context, log *journal.Log, out *stream) error
 	}()
 	for wait := retryFirst; ; wait = backoff(wait) {
 		err := a.release(ctx, log, "", out)
+		if k := a.kept.of(log.Job); err == nil && k != nil {
+			a.stay(ctx, k)
+			begun, wait = time.Now(), retryFirst/2
+			continue
+		}
 		if err == nil {
 			return log.Close()
 		}
 		a.cfg.Log.Error().Err(err).Str("job", log.Job).Dur("retry_in", wait).Msg("release")
-		if time.Since(begun) > a.cfg.StuckAfter {
-			if free == nil && owed(log, kindBox) {
+		switch late := time.Since(begun) > a.cfg.StuckAfter; {
+		case late && (owed(log, kindLease) || owed(log, kindGateway)) && a.kept.leave(log.Job, "something else of the job cannot be released"):
+			out.notice(-1, "the box is not kept: something else of the job cannot be released")
+		case late:
+			if free == nil && owed(log, kindBox) && !a.kept.holds(log.Job) {
 				free = a.jam() // before the service hears that we have a slot
 			}
 			a.reportLate(ctx, log, out, err)

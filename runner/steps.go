@@ -37,6 +37,7 @@ type steps struct {
 	blank     map[string]bool        // command files that the last step left empty
 	done      map[string]any         // the context "steps"
 	status    providers.Conclusion
+	failing   *current  // the first step that failed and was not tolerated
 	graceEnds time.Time // of the steps that run after a cancellation
 }
 
@@ -247,6 +248,9 @@ func (s *steps) endStep(step *current, end ending) error {
 			end.conclusion = providers.Success
 		} else if s.status == providers.Success {
 			s.status = providers.Failure
+		}
+		if !tolerated && s.failing == nil {
+			s.failing = step
 		}
 	}
 	outputs := map[string]any{}

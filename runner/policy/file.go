@@ -30,6 +30,7 @@ type ruleNode struct {
 	Limits  limitsNode   `yaml:"limits"`
 	Egress  []egressNode `yaml:"egress"`
 	Leases  []leaseNode  `yaml:"leases"`
+	Keep    keepSpan     `yaml:"keep-on-failure"`
 }
 
 type match struct {
@@ -201,6 +202,7 @@ func (n ruleNode) basics() Plan {
 		Rule:     at(n.Self) + " " + string(n.Name),
 		Runtime:  orDefault(string(n.Runtime), defaultRuntime),
 		Timeout:  orDefault(time.Duration(n.Timeout), DefaultTimeout),
+		Keep:     time.Duration(n.Keep),
 		LogBytes: orDefault(int64(n.Limits.Log), DefaultLogBytes),
 		Limits: sandbox.Limits{
 			Memory: int64(n.Limits.Memory), Pids: int64(n.Limits.Pids), MilliCPU: int64(n.Limits.CPU),

@@ -29,14 +29,16 @@ var ErrDenied = errors.New("denied by policy")
 // A Plan is what one job may have. Its maps and slices belong to the policy
 // and must not be changed.
 type Plan struct {
-	Rule     string         `json:"rule"`      // "policy.yaml:12 main-builds"
-	Digest   string         `json:"digest"`    // of the policy file
-	Runtime  string         `json:"runtime"`   // "native"
-	Timeout  time.Duration  `json:"timeout"`   // nanoseconds, never 0
-	Limits   sandbox.Limits `json:"limits"`    // zero fields are the runtime's defaults
-	LogBytes int64          `json:"log_bytes"` // cap of the job's log, never 0
-	Egress   []Egress       `json:"egress"`    // empty: no way out
-	Leases   []Lease        `json:"leases"`
+	Rule    string         `json:"rule"`    // "policy.yaml:12 main-builds"
+	Digest  string         `json:"digest"`  // of the policy file
+	Runtime string         `json:"runtime"` // "native"
+	Timeout time.Duration  `json:"timeout"` // nanoseconds, never 0
+	Limits  sandbox.Limits `json:"limits"`  // zero fields are the runtime's defaults
+	// Keep is how long the box of a failed job is kept; 0 is not at all.
+	Keep     time.Duration `json:"keep_on_failure,omitempty"` // nanoseconds
+	LogBytes int64         `json:"log_bytes"`                 // cap of the job's log, never 0
+	Egress   []Egress      `json:"egress"`                    // empty: no way out
+	Leases   []Lease       `json:"leases"`
 }
 
 // An Egress is a way out, for the whole job or for one step of it.

@@ -84,15 +84,33 @@ type span time.Duration
 const maxSpan = 7 * 24 * time.Hour
 
 func (s *span) UnmarshalText(b []byte) error {
+	d, err := duration(b, maxSpan)
+	*s = span(d)
+	return err
+}
+
+func duration(b []byte, most time.Duration) (time.Duration, error) {
 	d, err := time.ParseDuration(string(b))
 	if err != nil {
-		return fmt.Errorf("%q is not a duration: write 90s, 10m or 1h30m", b)
+		return 0, fmt.Errorf("%q is not a duration: write 90s, 10m or 1h30m", b)
 	}
-	if d < time.Second || d > maxSpan {
-		return fmt.Errorf("%s is out of range: 1s to %s", b, maxSpan)
+	if d < time.Second || d > most {
+		return 0, fmt.Errorf("%s is out of range: 1s to %s", b, most)
 	}
-	*s = span(d)
-	return nil
+	return d, nil
+}
+
+// keepSpan is how long a box is kept for somebody to look at.
+type keepSpan time.Duration
+
+// maxKeep is a day: a failure of the evening can be looked at in the morning.
+// Whoever needs longer wants a copy and not a box.
+const maxKeep = 24 * time.Hour
+
+func (k *keepSpan) UnmarshalText(b []byte) error {
+	d, err := duration(b, maxKeep)
+	*k = keepSpan(d)
+	return err
 }
 
 type port uint16

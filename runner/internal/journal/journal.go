@@ -23,6 +23,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -49,6 +50,7 @@ type Debt struct {
 	By    string `json:"by,omitempty"`    // which provider, runtime or issuer of the configuration
 	Scope string `json:"scope,omitempty"` // step that it is for; "" is the job
 
+	Until  time.Time    `json:"-"` // not released before; for readers beside the agent
 	Handle creds.Handle `json:"-"` // opened; nil if the agent died before learning it
 	Tried  bool         `json:"-"` // this life of the agent may have made it; after a crash always true
 }
@@ -59,6 +61,7 @@ const (
 	opBegin   op = "begin"
 	opIntend  op = "intend"
 	opHeld    op = "held"
+	opKeep    op = "keep"
 	opRelease op = "release"
 	opOutcome op = "outcome"
 )
@@ -69,6 +72,7 @@ type record struct {
 	Generation int64           `json:"generation,omitempty"`
 	Debts      []Debt          `json:"debts,omitempty"`
 	Name       string          `json:"name,omitempty"`
+	Until      time.Time       `json:"until,omitzero"`
 	Handle     []byte          `json:"handle,omitempty"` // sealed
 	Outcome    json.RawMessage `json:"outcome,omitempty"`
 }
@@ -244,6 +248,12 @@ func (l *Log) Held(name string, handle []byte, durable bool) error {
 	return l.append(r, durable)
 }
 
+// Keep records until when name is kept by this life of the agent. It is not
+// forced: no other life keeps it.
+func (l *Log) Keep(name string, until time.Time) error {
+	return l.append(record{Op: opKeep, Name: name, Until: until}, false)
+}
+
 // Release records that name is gone.
 func (l *Log) Release(name string) error {
 	return l.append(record{Op: opRelease, Name: name}, false)
@@ -312,6 +322,12 @@ func (l *Log) apply(r record) {
 				// A handle under another key is as good as lost: what it
 				// stands for is then released by name.
 				l.debts[i].Handle, _ = l.key.Open(r.Name, r.Handle)
+			}
+		}
+	case opKeep:
+		for i := range l.debts {
+			if l.debts[i].Name == r.Name {
+				l.debts[i].Until = r.Until
 			}
 		}
 	case opRelease:
