@@ -27,15 +27,19 @@ import (
 // Version is the only version of the file that this agent understands.
 const Version = 1
 
-// MaxSlots bounds how many jobs run at once: the native runtime has a range of
-// user ids for each.
+// MaxSlots bounds how many jobs run at once, those whose boxes are kept
+// included: the native runtime has a range of user ids for each.
 const MaxSlots = 1024
+
+// defaultKeep is one box to look at and one that fails meanwhile.
+const defaultKeep = 2
 
 // A Config is a configuration file. All paths in it are absolute, or relative
 // to the working directory if the name of the file was.
 type Config struct {
 	State  string        // directory of the journal, the audit and the keys
 	Slots  int           // jobs at once, at least 1
+	Keep   int           // boxes of failed jobs that may be kept at once; 0 is none
 	Policy string        // policy file, "" only in a Default
 	Drain  time.Duration // how long the first SIGTERM waits for running jobs; 0 is until they end
 	Log    Log
@@ -58,7 +62,7 @@ type Log struct {
 // in the native runtime, no providers, no issuers, and no policy.
 func Default(state string) *Config {
 	return &Config{
-		State: state, Slots: 1, Log: Log{Level: "info", Format: "json"},
+		State: state, Slots: 1, Keep: defaultKeep, Log: Log{Level: "info", Format: "json"},
 		Runtimes: map[string]Section{"native": {Type: "native"}},
 	}
 }
@@ -68,6 +72,7 @@ type file struct {
 	Version   int                   `yaml:"version,required"`
 	State     string                `yaml:"state"`
 	Slots     *int                  `yaml:"slots"`
+	Keep      *int                  `yaml:"keep"`
 	Policy    string                `yaml:"policy,required"`
 	Drain     *time.Duration        `yaml:"drain"`
 	Providers map[name]*sectionNode `yaml:"providers,required"`
@@ -142,6 +147,13 @@ func (c *Config) fill(f file) error {
 		if c.Slots < 1 || c.Slots > MaxSlots {
 			wrong("slots", "%d is out of range: 1 to %d", c.Slots, MaxSlots)
 		}
+	}
+	c.Keep = max(0, min(c.Keep, MaxSlots-c.Slots))
+	if f.Keep != nil {
+		if *f.Keep < 0 || *f.Keep > max(0, MaxSlots-c.Slots) {
+			wrong("keep", "%d is out of range: 0 to %d, so that with the slots there are at most %d", *f.Keep, max(0, MaxSlots-c.Slots), MaxSlots)
+		}
+		c.Keep = *f.Keep
 	}
 	if f.Drain != nil {
 		c.Drain = *f.Drain

@@ -21,7 +21,7 @@ func TestExampleAgent(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.State != "/var/lib/mayfly" || c.Slots != 4 || c.Policy != "policy.yaml" || c.Drain != 10*time.Minute || c.Log != (Log{"info", "json"}) {
+	if c.State != "/var/lib/mayfly" || c.Slots != 4 || c.Keep != 2 || c.Policy != "policy.yaml" || c.Drain != 10*time.Minute || c.Log != (Log{"info", "json"}) {
 		t.Errorf("Load: got %+v", c)
 	}
 	var spool struct {
@@ -82,7 +82,7 @@ func TestDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	d := Default(DefaultState)
-	if c.State != d.State || c.Slots != 1 || c.Drain != 0 || c.Log != d.Log || c.Runtimes["native"].Type != "native" {
+	if c.State != d.State || c.Slots != 1 || c.Keep != 2 || c.Drain != 0 || c.Log != d.Log || c.Runtimes["native"].Type != "native" {
 		t.Errorf("Parse: got %+v, want the defaults", c)
 	}
 	if c.Policy != "/etc/mayfly/p.yaml" {
@@ -104,7 +104,7 @@ func TestProblems(t *testing.T) {
 	for _, c := range []struct{ src, want string }{
 		{"", "agent.yaml:1: file is empty"},
 		{"version: 2\nnew: key", "agent.yaml:1:10: version 2 is not supported: this agent reads version: 1"},
-		{"polcy: x", `agent.yaml:1:1: unknown key "polcy" (known: version, state, slots, policy, drain, providers, sandbox, issuers, gateway, log)
+		{"polcy: x", `agent.yaml:1:1: unknown key "polcy" (known: version, state, slots, keep, policy, drain, providers, sandbox, issuers, gateway, log)
 agent.yaml:1:1: key "version" is missing
 agent.yaml:1:1: key "policy" is missing
 agent.yaml:1:1: key "providers" is missing`},
@@ -121,6 +121,11 @@ agent.yaml:5:8: 0s is out of range: write more than 0s, or remove the key to wai
 agent.yaml:6:12: no providers: the agent would have nobody to ask for jobs
 agent.yaml:7:14: unknown word "loud" (known: debug, info, warn, error)
 agent.yaml:7:28: unknown word "xml" (known: json, console)`},
+		{`version: 1
+policy: p.yaml
+slots: 1000
+keep: 25
+providers: {local: {}}`, `agent.yaml:4:7: 25 is out of range: 0 to 24, so that with the slots there are at most 1024`},
 		{`version: 1
 policy: p.yaml
 providers: {Local: {}, b: text, c: {type: 5}}`, `agent.yaml:3:13: "Local" is not a name: write lower-case letters, digits and -

@@ -48,6 +48,7 @@ func table() []row {
 		{"runner/audit/...", "runner/audit", "the suite of the contract"},
 		{"runner/policy", "providers sandbox sandbox/egress creds configs/strict", "pure: types of the contracts, and the decoder that refuses unknown keys"},
 		{"runner/internal/...", "runner/internal/... creds", "the journal knows names and handles, which do not print, and not what they stand for"},
+		{"runner/console", "runner sandbox", "the socket of mayfly shell: what it carries is a runner.Shell"},
 		{"runner", "providers providers/workflow sandbox sandbox/egress creds creds/mask runner/policy runner/audit runner/internal/...", "the life of a job is written against contracts: it knows no implementation"},
 		{"configs/strict", "", "one way to read YAML, for configuration and policy"},
 		{"configs", "configs/strict creds", "splits a file into sections, which their owners decode; a secret is named by its file"},
@@ -76,7 +77,7 @@ func confinements() []confinement {
 		{"github.com/rs/zerolog", "cmd/mayfly runner test/...", "...", "implementations return errors and do not log"},
 		{"github.com/rogpeppe/go-internal", "", "...", "test scripts"},
 		{"golang.org/x/net", "sandbox/egress/... sandbox/native/... sandbox/netns/... test/...", "...", "DNS messages and packet filters"},
-		{"golang.org/x/sys", "sandbox/native/... sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/internal/... cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
+		{"golang.org/x/sys", "sandbox/native/... sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/internal/... cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
 	}
 }
 

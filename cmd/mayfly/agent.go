@@ -6,9 +6,11 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/mayfly-ci/mayfly/runner"
+	"github.com/mayfly-ci/mayfly/runner/console"
 	"github.com/mayfly-ci/mayfly/sandbox"
 )
 
@@ -31,10 +33,34 @@ func runAgent(c *call) error {
 	if err := w.probe(kill); err != nil {
 		return err
 	}
+	closeShells, err := w.shells(kill, agent)
+	if err != nil {
+		return err
+	}
+	defer closeShells()
 	w.agent.Log.Info().Str("version", version).Str("installation", w.state.Owner).
 		Int64("generation", w.state.Generation).Int("slots", w.agent.Slots).
 		Str("policy", w.agent.Policy.Digest()).Msg("agent")
 	return agent.Run(drain, kill)
+}
+
+// shells serves "mayfly shell" until the function that it returns is called.
+func (w *wiring) shells(ctx context.Context, agent *runner.Agent) (func(), error) {
+	if w.agent.Keep == 0 {
+		return func() {}, nil
+	}
+	server, err := console.Listen(w.state.Dir, agent.Shell)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var serving sync.WaitGroup
+	serving.Go(func() {
+		if err := server.Serve(ctx); err != nil {
+			w.agent.Log.Error().Err(err).Msg("shell")
+		}
+	})
+	return func() { cancel(); serving.Wait() }, nil
 }
 
 // probe makes one box of each runtime before the first job does: a machine that

@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/mayfly-ci/mayfly/runner"
 )
@@ -35,6 +36,9 @@ func runJobs(c *call) error {
 			}
 			if d.Scope != "" {
 				fmt.Fprintf(&b, "  for step %s", d.Scope)
+			}
+			if !d.Until.IsZero() {
+				fmt.Fprintf(&b, "  kept until %s: mayfly shell %s", d.Until.UTC().Format(time.RFC3339), j.Job)
 			}
 			b.WriteByte('\n')
 		}

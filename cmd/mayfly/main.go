@@ -36,6 +36,7 @@ func commands() []command {
 		{"config", "check FILE", "read a configuration and all that it names", runConfig},
 		{"policy", "explain --job FILE [--policy FILE] [--config FILE]", "say which rule grants what to a job, and why", runPolicy},
 		{"jobs", "[--config FILE]", "list the jobs that still owe something", runJobs},
+		{"shell", "ID [--config FILE] [-- COMMAND...]", "look around in the box of a failed job that is kept", runShell},
 		{"recover", "[--config FILE]", "release what a dead agent left", runRecover},
 		{"reap", "[--dry-run] [--config FILE]", "destroy what carries our label and no journal knows", runReap},
 		{"audit", "show | verify [--job ID] [--action NAME] [--expect HEAD] [--config FILE]", "read the record, or check that nobody changed it", runAudit},
@@ -103,7 +104,8 @@ Exit codes:
      record was changed, the machine does not enforce something
   2  wrong usage, configuration or policy; the policy refuses the job
   3  something is still owed or could not be done
-"mayfly exec" ends with the exit status of the step that failed.
+"mayfly exec" ends with the exit status of the step that failed, "mayfly shell"
+with that of its command.
 `)
 }
 

@@ -86,7 +86,7 @@ func wireWith(path string, stderr io.Writer, open func(string) (*runner.State, e
 		return nil, err
 	}
 	w.closers = append(w.closers, w.state.Close)
-	w.agent.Slots, w.agent.Drain = c.Slots, c.Drain
+	w.agent.Slots, w.agent.Keep, w.agent.Drain = c.Slots, c.Keep, c.Drain
 	if err := errors.Join(w.parts(), w.record(), w.providers()); err != nil {
 		return nil, err
 	}

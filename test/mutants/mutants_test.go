@@ -29,12 +29,12 @@ type check struct {
 	limit time.Duration
 }
 
-// The last check is the crash test over the fake world, without a second crash.
+// The last check is the crash test over the fake worlds, without a second crash.
 func checks() []check {
 	return []check{
 		{"build", "", []string{"build", "-tags=failpoint", "./runner/..."}, 2 * time.Minute},
 		{"fast", "", []string{"test", "-vet=off", "-timeout=120s", "./runner/..."}, 3 * time.Minute},
-		{"crash", "MAYFLY_CRASH=single", []string{"test", "-vet=off", "-tags=failpoint", "-timeout=240s", "-run=^TestCrashFake$", "./runner"}, 5 * time.Minute},
+		{"crash", "MAYFLY_CRASH=single", []string{"test", "-vet=off", "-tags=failpoint", "-timeout=240s", "-run=^TestCrash(Fake|Kept)$", "./runner"}, 5 * time.Minute},
 	}
 }
 
