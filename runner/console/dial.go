@@ -43,9 +43,8 @@ func Dial(ctx context.Context, state string, s Session) (status int, err error) 
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() }) // ends the reading
 	defer stop()
 	d := &dialled{encoder: json.NewEncoder(conn)}
-	if err := d.send(ask{Job: s.Job, Args: s.Args, Term: s.Term, Size: s.Size}); err != nil {
-		return 0, errors.Join(err, conn.Close())
-	}
+	// What cannot be sent has no reader: the other direction says why.
+	_ = d.send(ask{Job: s.Job, Args: s.Args, Term: s.Term, Size: s.Size})
 	ended := make(chan struct{})
 	var resizes sync.WaitGroup
 	resizes.Go(func() { d.resize(s.Resize, ended) })
@@ -77,8 +76,7 @@ func (d *dialled) send(v any) error {
 	return nil
 }
 
-// input sends what is typed. What cannot be sent has no reader: the other
-// direction says why.
+// input sends what is typed.
 func (d *dialled) input(from io.Reader) {
 	b := make([]byte, 32<<10)
 	for {
