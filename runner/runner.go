@@ -4,7 +4,8 @@
 // Start reading at life.go: it is the whole program. The rest of the package
 // is what the life needs: steps.go and stream.go run the job's own commands,
 // settle.go insists on the release, recover.go and reap.go are the same release
-// after a crash, state.go is the directory.
+// after a crash, keep.go and shell.go are the boxes that stay for somebody to
+// look at, state.go is the directory.
 package runner
 
 import (
