@@ -47,10 +47,10 @@ func (l *life) admit(ctx context.Context) (policy.Plan, error) {
 		"provider", s.Provider, "repository", s.Repository, "ref", s.Ref, "sha", s.SHA, "workflow", s.Workflow,
 		"event", s.Event, "actor", l.job.Actor, "trust", string(l.job.Trust),
 		"policy", l.cfg.Policy.Digest(), "rule", plan.Rule))
-	if err != nil || l.job.If == "" {
+	if err != nil {
 		return plan, err
 	}
-	runs, err := workflow.Condition(l.job.If, workflow.Scope{Contexts: l.job.Contexts, Status: providers.Success})
+	runs, err := workflow.JobCondition(l.job.If, l.job.Contexts)
 	if err != nil {
 		return plan, fmt.Errorf("%w: if: %w", providers.ErrBadJob, err)
 	}

@@ -41,7 +41,7 @@ type Scope struct {
 	Contexts map[string]any
 
 	// Status is how the job stands: success() is true for Success and "",
-	// cancelled() for Cancelled, failure() for everything else.
+	// cancelled() for Cancelled, none for Skipped, failure() for the rest.
 	Status providers.Conclusion
 }
 

@@ -23,7 +23,7 @@ func builtin(name string) (function, error) {
 		return status(func(ev *evaluator) bool { return ev.succeeded() }), nil
 	case "failure":
 		return status(func(ev *evaluator) bool {
-			return !ev.succeeded() && ev.scope.Status != providers.Cancelled
+			return !ev.succeeded() && ev.scope.Status != providers.Cancelled && ev.scope.Status != providers.Skipped
 		}), nil
 	case "cancelled":
 		return status(func(ev *evaluator) bool { return ev.scope.Status == providers.Cancelled }), nil

@@ -24,6 +24,9 @@ type Facts struct {
 	Vars    map[string]any
 	Inputs  map[string]any // as given; defaults are filled in by Workflow.Job
 	Secrets map[string]creds.Secret
+	// Needs says how the jobs ended that this one waited for, by id; nil means
+	// that the service has no such thing, and a job with needs is refused.
+	Needs map[string]Need
 }
 
 // Job builds the job with the given id, in any case; "" is the only job of the
@@ -33,8 +36,9 @@ type Facts struct {
 //
 // The contexts are github (repository, repository_owner, ref, ref_name,
 // ref_type, sha, event_name, actor, triggering_actor, workflow, workflow_ref,
-// job, event and what Facts.GitHub adds), vars and inputs. What only the
-// runner knows, it adds: github.workspace, env, job, steps, runner, secrets.
+// job, event and what Facts.GitHub adds), vars, inputs, needs, strategy and
+// matrix. What only the runner knows, it adds: github.workspace, env, job,
+// steps, runner, secrets.
 //
 // Timeout and Labels are evaluated here, everything else when it is needed.
 // Workflow-level env and defaults are merged into the job and its steps.
@@ -51,8 +55,10 @@ func (w *Workflow) Job(id string, f Facts) (providers.Job, error) {
 	b := &builder{problems: p, workflow: w.ast, job: src}
 	job.Contexts = map[string]any{"vars": f.Vars, "inputs": b.inputs(f)}
 	job.Contexts["github"] = w.github(job.Subject, f)
+	job.Contexts["needs"] = b.needs(f)
 	b.scope = Scope{Contexts: job.Contexts}
 	b.refuse()
+	job.Contexts["strategy"], job.Contexts["matrix"] = b.strategy(w.doc)
 	job.If = b.condition(src.If)
 	job.Env = b.env(b.env(nil, w.ast.Env), src.Env)
 	job.Labels = b.labels(src.RunsOn)
@@ -129,12 +135,6 @@ func (b *builder) refuse() {
 	if j.WorkflowCall != nil {
 		unsupported(true, j.WorkflowCall.Uses.Pos, "uses", "a job cannot call another workflow")
 		return
-	}
-	if len(j.Needs) > 0 {
-		unsupported(true, j.Needs[0].Pos, "needs", "jobs do not wait for others")
-	}
-	if j.Strategy != nil {
-		unsupported(true, j.Strategy.Pos, "strategy", "write each job of the matrix out")
 	}
 	if j.Container != nil {
 		unsupported(true, j.Container.Pos, "container", "the box is chosen by the agent's policy")

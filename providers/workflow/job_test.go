@@ -178,7 +178,7 @@ jobs:
   a:
     needs: b
     runs-on: {group: g, labels: x}
-    strategy: {matrix: {v: [1]}}
+    strategy: {matrix: {v: [1, 2]}}
     container: img
     services: {db: {image: pg}}
     environment: prod
@@ -204,9 +204,9 @@ jobs:
 	}
 	for _, want := range []string{
 		`ci.yml:2:10: expression "hashFiles('a')": hashFiles is not supported yet`,
-		`ci.yml:5:12: "needs" is not supported yet`,
+		`ci.yml:5:12: "needs" is not supported here`,
 		`ci.yml:6:22: "group" is not supported yet`,
-		`ci.yml:7:5: "strategy" is not supported yet`,
+		`ci.yml:7:16: "matrix" is not supported here: a matrix of several jobs has to be expanded by the service`,
 		`ci.yml:8:5: "container" is not supported yet`,
 		`ci.yml:9:15: "services" is not supported yet`,
 		`ci.yml:10:5: "environment" is not supported yet`,

@@ -43,6 +43,7 @@ const (
 type Workflow struct {
 	file string
 	ast  *actionlint.Workflow
+	doc  *yaml.Node
 }
 
 // Load reads a workflow file. The name of the file is used in positions only.
@@ -54,7 +55,8 @@ func Load(src []byte, file string) (*Workflow, error) {
 		p.add(nil, "the file has more than %d bytes (1 MiB), the most that a workflow may have", MaxSource)
 		return nil, p.err()
 	}
-	if err := checkNodes(src); err != nil {
+	doc, err := nodes(src)
+	if err != nil {
 		p.add(nil, "%v", err)
 		return nil, p.err()
 	}
@@ -69,7 +71,7 @@ func Load(src []byte, file string) (*Workflow, error) {
 		p.add(nil, "the file has no jobs")
 		return nil, p.err()
 	}
-	return &Workflow{file: file, ast: ast}, nil
+	return &Workflow{file: file, ast: ast, doc: doc}, nil
 }
 
 // parse runs actionlint's parser, which panics on some malformed input (a NaN
@@ -83,14 +85,15 @@ func parse(src []byte) (w *actionlint.Workflow, errs []*actionlint.Error) {
 	return actionlint.Parse(src)
 }
 
-// checkNodes counts the nodes that the file has once its aliases are followed.
-func checkNodes(src []byte) error {
+// nodes reads the YAML as it stands, and counts the nodes that it has once its
+// aliases are followed.
+func nodes(src []byte) (*yaml.Node, error) {
 	var root yaml.Node
 	// The parser says what is wrong with the YAML, and where.
 	if yaml.Unmarshal(src, &root) == nil && countNodes(&root, map[*yaml.Node]int{}) > maxNodes {
-		return fmt.Errorf("the aliases of the file stand for more than %d nodes", maxNodes)
+		return nil, fmt.Errorf("the aliases of the file stand for more than %d nodes", maxNodes)
 	}
-	return nil
+	return &root, nil
 }
 
 // countNodes remembers each node's size in seen, so that its time is bounded by
