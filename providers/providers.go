@@ -62,25 +62,34 @@ type Job struct {
 	Trust   Trust
 	Labels  []string // what runs-on asked for
 
-	If       string // condition of the job, an expression; "" is success()
-	Env      map[string]string
-	Timeout  time.Duration // asked by the workflow; 0 is the agent's default
+	If      string // condition of the job, an expression; "" is success()
+	Env     map[string]string
+	EnvExpr string        // a template whose value is an object: further variables, which replace those of Env
+	Timeout time.Duration // asked by the workflow; 0 is the agent's default
+	// ContinueOnError is a template: if true, a job that fails is reported as
+	// a success, and its log says what it was.
+	ContinueOnError string
+
 	Steps    []Step
 	Outputs  map[string]string // name → template
 	Contexts map[string]any    // github, vars, needs, matrix, strategy, inputs
 	Secrets  map[string]creds.Secret
 }
 
-// A Step is one step of a job. Its strings are templates of the Actions
-// expression language, evaluated when the step starts (providers/workflow).
+// A Step is one step of a job: a script, or an action that lies in the
+// workspace. Its strings are templates of the Actions expression language,
+// evaluated when the step starts (providers/workflow).
 type Step struct {
 	ID              string // unique in the job, never empty
 	Name            string
 	If              string
 	Run             string
+	Uses            string            // ./directory of an action; then Run is empty. No template
+	With            map[string]string // inputs of the action
 	Shell           string
 	Dir             string
 	Env             map[string]string
+	EnvExpr         string // as Job.EnvExpr
 	TimeoutMinutes  string
 	ContinueOnError string
 	Position        string // file:line, for errors

@@ -85,7 +85,7 @@ func TestBadJobFiles(t *testing.T) {
 
 func TestBadWorkflowsAreNamed(t *testing.T) {
 	t.Parallel()
-	repo, _ := repository(t, flow("${{ hashFiles('x') }}"))
+	repo, _ := repository(t, flow("${{ nope }}"))
 	git(t, repo, "checkout", "-q", "-b", "big")
 	commit(t, repo, flow("x")+strings.Repeat("# 10 MB\n", 10<<17))
 	p := open(t, Config{Dir: t.TempDir()})

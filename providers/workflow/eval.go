@@ -43,6 +43,10 @@ type Scope struct {
 	// Status is how the job stands: success() is true for Success and "",
 	// cancelled() for Cancelled, none for Skipped, failure() for the rest.
 	Status providers.Conclusion
+
+	// HashFiles is the function of that name: it returns the digest of the
+	// files that match, and "" if none does. It is nil where there are none.
+	HashFiles func(patterns []string) (string, error)
 }
 
 // Interpolate replaces every ${{ expression }} of a template by its value as a
@@ -81,6 +85,37 @@ func Condition(expr string, s Scope) (bool, error) {
 	}
 	ok := truthy(p.root.eval(ev))
 	return ok && ev.err == nil, ev.err
+}
+
+// Variables evaluates a template whose value is an object of plain values, such
+// as env written as one expression. Of null it makes no variables.
+func Variables(template string, s Scope) (map[string]string, error) {
+	v, err := evaluate(template, s)
+	if err != nil || v == nil {
+		return nil, err
+	}
+	m, ok := v.(map[string]any)
+	if !ok {
+		return nil, fmt.Errorf("template %q: the value is no object", excerpt(template))
+	}
+	vars := make(map[string]string, len(m))
+	for k, v := range m {
+		if !validName(k) || !primitive(v) {
+			return nil, fmt.Errorf("template %q: %q cannot be a variable: it wants a name and a plain value", excerpt(template), excerpt(k))
+		}
+		vars[k] = toString(v)
+	}
+	return vars, nil
+}
+
+func validName(variable string) bool {
+	return variable != "" && !strings.ContainsAny(variable, "=\x00")
+}
+
+// Text is a value as Interpolate shows it. What no expression can hold is "".
+func Text(v any) string {
+	ev := &evaluator{left: maxWork}
+	return toString(ev.canonical(v))
 }
 
 // Bool evaluates a template that must give true or false, such as

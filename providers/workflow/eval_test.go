@@ -161,7 +161,7 @@ func TestExpressionErrors(t *testing.T) {
 		"${{ TRUE }}":                    `unknown name "TRUE"`,
 		`${{ "text" }}`:                  "single quotes",
 		"${{ nope(1) }}":                 `unknown function "nope"`,
-		"${{ hashFiles('go.sum') }}":     "hashFiles is not supported yet",
+		"${{ hashFiles('go.sum') }}":     "hashFiles: it works in steps only",
 		"${{ contains('a') }}":           "wrong number of arguments",
 		"${{ success('job') }}":          "wrong number of arguments",
 		"${{ join(1,,2) }}":              "expected a value",

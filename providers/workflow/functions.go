@@ -13,6 +13,7 @@ import (
 type function struct {
 	least, most int // arguments; most < 0 is no bound
 	status      bool
+	files       bool
 	eval        func(ev *evaluator, args []any) any
 }
 
@@ -50,13 +51,34 @@ func builtin(name string) (function, error) {
 	case "fromjson":
 		return function{least: 1, most: 1, eval: fromJSON}, nil
 	case "hashfiles":
-		return function{}, errors.New("hashFiles is not supported yet: compute the digest in a step and use its output")
+		return function{least: 1, most: 255, files: true, eval: hashFiles}, nil
 	}
-	return function{}, fmt.Errorf("unknown function %q: known are success, failure, always, cancelled, contains, startsWith, endsWith, case, format, join, toJSON and fromJSON", name)
+	return function{}, fmt.Errorf("unknown function %q: known are success, failure, always, cancelled, contains, startsWith, endsWith, case, format, join, toJSON, fromJSON and hashFiles", name)
 }
 
 func status(is func(*evaluator) bool) function {
 	return function{status: true, eval: func(ev *evaluator, _ []any) any { return is(ev) }}
+}
+
+// errNoFiles is hashFiles where there is no workspace to look into.
+func errNoFiles() error {
+	return errors.New("hashFiles: it works in steps only, where there are files")
+}
+
+func hashFiles(ev *evaluator, args []any) any {
+	if ev.scope.HashFiles == nil {
+		ev.fail(errNoFiles())
+		return nil
+	}
+	patterns := make([]string, len(args))
+	for i, a := range args {
+		patterns[i] = toString(a)
+	}
+	digest, err := ev.scope.HashFiles(patterns)
+	if err != nil {
+		ev.fail(fmt.Errorf("hashFiles: %w", err))
+	}
+	return digest
 }
 
 // within compares two strings that are made equal in case before.

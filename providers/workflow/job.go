@@ -60,9 +60,10 @@ func (w *Workflow) Job(id string, f Facts) (providers.Job, error) {
 	b.refuse()
 	job.Contexts["strategy"], job.Contexts["matrix"] = b.strategy(w.doc)
 	job.If = b.condition(src.If)
-	job.Env = b.env(b.env(nil, w.ast.Env), src.Env)
+	job.Env, job.EnvExpr = b.jobEnv()
 	job.Labels = b.labels(src.RunsOn)
 	job.Timeout = b.timeout(src.TimeoutMinutes)
+	job.ContinueOnError = b.boolean(src.ContinueOnError)
 	job.Outputs = map[string]string{}
 	for _, o := range src.Outputs {
 		job.Outputs[o.Name.Value] = b.template(o.Value)
@@ -120,6 +121,8 @@ type builder struct {
 	workflow *actionlint.Workflow
 	job      *actionlint.Job
 	scope    Scope
+	files    bool                   // there are some: it is a step
+	hidden   func(name string) bool // contexts that cannot be seen; nil hides none
 }
 
 // refuse names every part of the job that would change what the job does and
@@ -148,9 +151,6 @@ func (b *builder) refuse() {
 	if j.Snapshot != nil && j.Snapshot.ImageName != nil {
 		unsupported(true, j.Snapshot.ImageName.Pos, "snapshot", "nothing of a job is kept")
 	}
-	if j.ContinueOnError != nil {
-		unsupported(true, j.ContinueOnError.Pos, "continue-on-error", "for a job; steps may have it")
-	}
 	if j.RunsOn != nil && j.RunsOn.Group != nil {
 		unsupported(true, j.RunsOn.Group.Pos, "group", "there are no groups of runners, use labels")
 	}
@@ -161,43 +161,75 @@ func (b *builder) template(s *actionlint.String) string {
 	if s == nil {
 		return ""
 	}
-	if err := eachExpression(s.Value, func(string, *parsed) error { return nil }); err != nil {
+	if err := eachExpression(s.Value, func(_ string, p *parsed) error { return b.check(p) }); err != nil {
 		b.add(s.Pos, "%v", err)
 	}
 	return s.Value
+}
+
+// check refuses what an expression cannot see where it stands.
+func (b *builder) check(p *parsed) error {
+	if p == nil {
+		return nil
+	}
+	if p.files && !b.files {
+		return errNoFiles()
+	}
+	for _, c := range p.contexts {
+		if b.hidden != nil && b.hidden(c) {
+			return fmt.Errorf("the context %s cannot be seen in an action: give it what it needs as an input", c)
+		}
+	}
+	return nil
 }
 
 func (b *builder) condition(s *actionlint.String) string {
 	if s == nil {
 		return ""
 	}
-	if _, err := parseCondition(s.Value); err != nil {
+	p, err := parseCondition(s.Value)
+	if err == nil {
+		err = b.check(&p)
+	}
+	if err != nil {
 		b.add(s.Pos, "if: %v", err)
 	}
 	return s.Value
 }
 
+// jobEnv joins the variables of the workflow and of the job. Written as one
+// expression, those of the job replace the others; those of the workflow can be
+// told apart from a job's only if it has none.
+func (b *builder) jobEnv() (vars map[string]string, expr string) {
+	vars, expr = b.env(nil, b.workflow.Env)
+	if b.job.Env == nil {
+		return vars, expr
+	}
+	if expr != "" {
+		b.add(b.workflow.Env.Expression.Pos, `"env" of a workflow as one expression is not supported beside "env" of the job: write the variables out`)
+	}
+	return b.env(vars, b.job.Env)
+}
+
 // env returns a copy of outer in which the variables of env replace those of
-// the same name. On Linux names differ in case too, as on GitHub.
-func (b *builder) env(outer map[string]string, env *actionlint.Env) map[string]string {
+// the same name, or env as one expression. On Linux names differ in case too,
+// as on GitHub.
+func (b *builder) env(outer map[string]string, env *actionlint.Env) (vars map[string]string, expr string) {
 	merged := make(map[string]string, len(outer))
 	for k, v := range outer {
 		merged[k] = v
 	}
 	if env == nil {
-		return merged
-	}
-	if env.Expression != nil {
-		b.add(env.Expression.Pos, `"env" as one expression is not supported yet: write the variables out`)
+		return merged, ""
 	}
 	for _, v := range env.Vars {
-		if strings.ContainsAny(v.Name.Value, "=\x00") {
+		if !validName(v.Name.Value) {
 			b.add(v.Name.Pos, "env: %q cannot be the name of a variable", v.Name.Value)
 			continue
 		}
 		merged[v.Name.Value] = b.template(v.Value)
 	}
-	return merged
+	return merged, b.template(env.Expression)
 }
 
 func (b *builder) labels(r *actionlint.Runner) []string {
@@ -276,33 +308,40 @@ func (b *builder) boolean(v *actionlint.Bool) string {
 }
 
 func (b *builder) steps() []providers.Step {
-	// GitHub's rule for ids; those that begin with two underscores are ours.
-	valid := regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_-]*$`)
-	seen := map[string]bool{}
+	b.files = true
+	ids := map[string]bool{}
 	steps := make([]providers.Step, 0, len(b.job.Steps))
 	for i, s := range b.job.Steps {
-		id := "__" + strconv.Itoa(i+1)
-		if s.ID != nil {
-			id = s.ID.Value
-			lower := strings.ToLower(id)
-			if !valid.MatchString(id) || strings.HasPrefix(id, "__") {
-				b.add(s.ID.Pos, "id: %q is not a letter or _ followed by letters, digits, - and _ (two _ at the beginning are reserved)", id)
-			} else if seen[lower] {
-				b.add(s.ID.Pos, "id: %q is the id of two steps", id)
-			}
-			seen[lower] = true
-		}
-		steps = append(steps, b.step(id, s))
+		steps = append(steps, b.step(b.id(ids, i, s.ID), s))
 	}
 	return steps
 }
 
+// id is what the i-th step is called: GitHub's rule, except that names which
+// begin with two underscores are ours.
+func (b *builder) id(seen map[string]bool, i int, s *actionlint.String) string {
+	if s == nil {
+		return "__" + strconv.Itoa(i+1)
+	}
+	valid := regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_-]*$`)
+	lower := strings.ToLower(s.Value)
+	if !valid.MatchString(s.Value) || strings.HasPrefix(s.Value, "__") {
+		b.add(s.Pos, "id: %q is not a letter or _ followed by letters, digits, - and _ (two _ at the beginning are reserved)", s.Value)
+	} else if seen[lower] {
+		b.add(s.Pos, "id: %q is the id of two steps", s.Value)
+	}
+	seen[lower] = true
+	return s.Value
+}
+
 func (b *builder) step(id string, s *actionlint.Step) providers.Step {
+	env, expr := b.env(nil, s.Env)
 	step := providers.Step{
 		ID:              id,
 		Name:            b.template(s.Name),
 		If:              b.condition(s.If),
-		Env:             b.env(nil, s.Env),
+		Env:             env,
+		EnvExpr:         expr,
 		TimeoutMinutes:  b.number(s.TimeoutMinutes),
 		ContinueOnError: b.boolean(s.ContinueOnError),
 		Position:        position(b.file, s.Pos),
@@ -313,13 +352,29 @@ func (b *builder) step(id string, s *actionlint.Step) providers.Step {
 		step.Shell = b.template(b.first(e.Shell, func(d *actionlint.DefaultsRun) *actionlint.String { return d.Shell }))
 		step.Dir = b.template(b.first(e.WorkingDirectory, func(d *actionlint.DefaultsRun) *actionlint.String { return d.WorkingDirectory }))
 	case *actionlint.ExecAction:
-		pos, name := s.Pos, ""
-		if e.Uses != nil {
-			pos, name = e.Uses.Pos, e.Uses.Value
+		step.Uses = b.uses(e.Uses)
+		step.With = map[string]string{}
+		for _, in := range e.Inputs {
+			step.With[in.Name.Value] = b.template(in.Value)
 		}
-		b.add(pos, `"uses" is not supported yet: write what %q does as a "run" step`, name)
+		// Words with a meaning for Docker actions, for others inputs.
+		for name, v := range map[string]*actionlint.String{"entrypoint": e.Entrypoint, "args": e.Args} {
+			if v != nil {
+				step.With[name] = b.template(v)
+			}
+		}
 	}
 	return step
+}
+
+func (b *builder) uses(s *actionlint.String) string {
+	if s == nil {
+		return ""
+	}
+	if _, err := LocalAction(s.Value); err != nil {
+		b.add(s.Pos, "%v", err)
+	}
+	return s.Value
 }
 
 // first returns the step's own value, else the job's default, else the

@@ -123,6 +123,49 @@ func TestJob(t *testing.T) {
 	}
 }
 
+func TestEnvAsExpression(t *testing.T) {
+	t.Parallel()
+	const expr = `${{ fromJSON('{"A":1,"B":"x"}') }}`
+	w := load(t, `on: push
+env: {A: outer, C: outer}
+jobs:
+  a:
+    runs-on: x
+    env: `+expr+`
+    continue-on-error: ${{ github.ref == 'x' }}
+    steps:
+      - {run: x, env: "${{ env }}"}
+      - run: echo ${{ hashFiles('**/go.sum') }}
+`)
+	job, err := w.Job("a", facts())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if job.EnvExpr != expr || job.Env["C"] != "outer" || job.Steps[0].EnvExpr != "${{ env }}" || job.ContinueOnError != "${{ github.ref == 'x' }}" {
+		t.Errorf("got %+v", job)
+	}
+	vars, err := Variables(job.EnvExpr, Scope{})
+	if err != nil || !reflect.DeepEqual(vars, map[string]string{"A": "1", "B": "x"}) {
+		t.Errorf("Variables: %v, %v", vars, err)
+	}
+	for _, bad := range []string{"x", "${{ 1 }}", `${{ fromJSON('{"a=b": 1}') }}`, `${{ fromJSON('{"a": [1]}') }}`, `${{ fromJSON('{"": 1}') }}`} {
+		if vars, err := Variables(bad, Scope{}); err == nil {
+			t.Errorf("Variables(%q) = %v, want an error", bad, vars)
+		}
+	}
+	if vars, err := Variables("${{ null }}", Scope{}); err != nil || len(vars) != 0 {
+		t.Errorf("Variables of null: %v, %v", vars, err)
+	}
+
+	w = load(t, "on: push\nenv: "+expr+"\njobs:\n  a: {runs-on: x, steps: [{run: x}]}\n  b: {runs-on: x, env: {X: x}, steps: [{run: x}]}\n")
+	if job, err := w.Job("a", facts()); err != nil || job.EnvExpr != expr {
+		t.Errorf("env of the workflow alone: %q, %v", job.EnvExpr, err)
+	}
+	if _, err := w.Job("b", facts()); !errors.Is(err, providers.ErrBadJob) || !strings.Contains(err.Error(), `ci.yml:2:6: "env" of a workflow as one expression`) {
+		t.Errorf("env of the workflow beside that of the job: %v, want it refused by name", err)
+	}
+}
+
 func TestRefNames(t *testing.T) {
 	t.Parallel()
 	w := load(t, "on: push\njobs: {a: {runs-on: x, steps: [{run: x}]}}")
@@ -203,21 +246,18 @@ jobs:
 		t.Fatalf("Job = %v, want ErrBadJob", err)
 	}
 	for _, want := range []string{
-		`ci.yml:2:10: expression "hashFiles('a')": hashFiles is not supported yet`,
+		`ci.yml:2:10: hashFiles: it works in steps only`,
 		`ci.yml:5:12: "needs" is not supported here`,
 		`ci.yml:6:22: "group" is not supported yet`,
 		`ci.yml:7:16: "matrix" is not supported here: a matrix of several jobs has to be expanded by the service`,
 		`ci.yml:8:5: "container" is not supported yet`,
 		`ci.yml:9:15: "services" is not supported yet`,
 		`ci.yml:10:5: "environment" is not supported yet`,
-		`ci.yml:11:24: "continue-on-error" is not supported yet`,
 		`ci.yml:12:15: "snapshot" is not supported yet`,
 		`ci.yml:13:9: if: condition`,
-		`ci.yml:14:10: "env" as one expression is not supported yet`,
 		`ci.yml:15:22: timeout-minutes: `,
 		`ci.yml:16:18: expression "nope": unknown name`,
-		`ci.yml:18:15: "uses" is not supported yet: write what "actions/checkout@v4" does`,
-		`ci.yml:19:14: expression "hashFiles('b')"`,
+		`ci.yml:18:15: "uses: actions/checkout@v4" is not supported yet`,
 		`ci.yml:20:13: id: "1st"`,
 		`ci.yml:21:22: id: "__2"`,
 		`ci.yml:23:22: id: "SAME" is the id of two steps`,

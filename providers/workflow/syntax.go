@@ -45,18 +45,20 @@ type (
 // A parser builds the tree by precedence climbing. GitHub binds ! tightest,
 // then < <= > >=, then == !=, then &&, then ||, all of them from the left.
 type parser struct {
-	lex    *actionlint.ExprLexer
-	tok    *actionlint.Token
-	depth  int
-	status bool // the expression asks how the job stands
-	err    error
+	lex   *actionlint.ExprLexer
+	tok   *actionlint.Token
+	depth int
+	parsed
+	err error
 }
 
 // parsed is an expression and how it was written.
 type parsed struct {
-	root   node
-	status bool // uses success, failure, always or cancelled
-	end    int  // offset behind the closing braces
+	root     node
+	status   bool     // uses success, failure, always or cancelled
+	files    bool     // uses hashFiles
+	contexts []string // that it names
+	end      int      // offset behind the closing braces
 }
 
 // parseExpression parses src up to the }} that ends the expression. Names of
@@ -80,7 +82,8 @@ func parseExpression(src string) (parsed, error) {
 		text, _, _ := strings.Cut(src, "}}")
 		return parsed{}, fmt.Errorf("expression %q: %w", excerpt(text), p.err)
 	}
-	return parsed{root: root, status: p.status, end: p.lex.Offset()}, nil
+	p.root, p.end = root, p.lex.Offset()
+	return p.parsed, nil
 }
 
 // excerpt is the beginning of a text for an error: as it stands in the
@@ -253,6 +256,7 @@ func (p *parser) word(name string) node {
 	if !knownContext(lower) {
 		return p.failf("unknown name %q: known are github, env, vars, job, steps, runner, secrets, strategy, matrix, needs and inputs", name)
 	}
+	p.contexts = append(p.contexts, lower)
 	return context{lower}
 }
 
@@ -286,5 +290,6 @@ func (p *parser) call(name string) node {
 		return p.failf("%s: wrong number of arguments: %d", name, len(args))
 	}
 	p.status = p.status || fn.status
+	p.files = p.files || fn.files
 	return call{fn: fn, args: args}
 }

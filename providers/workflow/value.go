@@ -108,7 +108,7 @@ func truthy(v any) bool {
 
 func primitive(v any) bool {
 	switch v.(type) {
-	case object, array:
+	case object, array, map[string]any, []any:
 		return false
 	default:
 		return true
