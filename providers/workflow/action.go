@@ -51,13 +51,13 @@ func LocalAction(uses string) (dir string, err error) {
 
 // LoadAction reads the metadata of a composite action, action.yml ("Metadata
 // syntax for GitHub Actions" at docs.github.com). Such a file comes out of a
-// box: it is read with the bounds and the care of Load. The error wraps
-// providers.ErrBadJob and names every problem with file:line:column.
+// box: it is read with the bounds and the care of Load. The error names every
+// problem with file:line:column.
 func LoadAction(src []byte, file string) (*Action, error) {
 	p := &problems{file: file}
 	if len(src) > MaxSource {
 		p.add(nil, "the file has more than %d bytes (1 MiB), the most that an action may have", MaxSource)
-		return nil, p.err()
+		return nil, p.joined()
 	}
 	var doc yaml.Node
 	err := yaml.Unmarshal(src, &doc)
@@ -66,11 +66,11 @@ func LoadAction(src []byte, file string) (*Action, error) {
 	}
 	if err != nil {
 		p.add(nil, "%v", err)
-		return nil, p.err()
+		return nil, p.joined()
 	}
 	r := &actionReader{builder: &builder{problems: p, files: true, hidden: hiddenInActions}, action: &Action{Outputs: map[string]string{}}}
 	r.read(dig(&doc))
-	if err := p.err(); err != nil {
+	if err := p.joined(); err != nil {
 		return nil, err
 	}
 	return r.action, nil

@@ -163,10 +163,15 @@ func (p *problems) add(pos *actionlint.Pos, format string, args ...any) {
 	p.list = append(p.list, at)
 }
 
+// err is what is wrong with a job.
 func (p *problems) err() error {
-	if len(p.list) == 0 {
-		return nil
+	if err := p.joined(); err != nil {
+		return fmt.Errorf("%w: %w", providers.ErrBadJob, err)
 	}
+	return nil
+}
+
+func (p *problems) joined() error {
 	slices.SortStableFunc(p.list, func(a, b problem) int {
 		return cmp.Or(cmp.Compare(a.line, b.line), cmp.Compare(a.col, b.col))
 	})
@@ -182,7 +187,7 @@ func (p *problems) err() error {
 		}
 		errs = append(errs, fmt.Errorf("%s: %s", where, strings.TrimSpace(at.text)))
 	}
-	return fmt.Errorf("%w: %w", providers.ErrBadJob, errors.Join(errs...))
+	return errors.Join(errs...)
 }
 
 func position(file string, pos *actionlint.Pos) string {
