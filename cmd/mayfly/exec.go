@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -9,6 +10,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -151,12 +154,49 @@ func (e *echo) Log(ctx context.Context, name string, ref []byte) (providers.Log,
 	if err != nil {
 		return nil, err
 	}
-	return &echoLog{log, e.to}, nil
+	return &echoLog{Log: log, to: e.to}, nil
 }
 
+// An echoLog shows at its end what the job wants to be seen first.
 type echoLog struct {
 	providers.Log
-	to io.Writer
+	to    io.Writer
+	notes bytes.Buffer
+}
+
+// Annotate implements providers.Annotator, as the log below it does.
+func (e *echoLog) Annotate(a providers.Annotation) error {
+	place := a.File
+	for _, n := range []int{a.Line, a.Column} {
+		if place != "" && n > 0 {
+			place += ":" + strconv.Itoa(n)
+		}
+	}
+	parts := []string{string(a.Level), place, a.Title, strings.ReplaceAll(a.Message, "\n", "\n  ")}
+	parts = slices.DeleteFunc(parts, func(p string) bool { return p == "" })
+	fmt.Fprintf(&e.notes, "%s\n", strings.Join(parts, ": "))
+	return e.below().Annotate(a)
+}
+
+// Summary implements providers.Annotator.
+func (e *echoLog) Summary(step int, markdown []byte) error {
+	fmt.Fprintf(&e.notes, "\n%s\n", bytes.TrimSpace(markdown))
+	return e.below().Summary(step, markdown)
+}
+
+// below is the log of the spool, which is an Annotator.
+func (e *echoLog) below() providers.Annotator { return e.Log.(providers.Annotator) }
+
+func (e *echoLog) Close(ctx context.Context) error {
+	var err error
+	if e.notes.Len() > 0 {
+		_, err = fmt.Fprintf(e.to, "\n== what the steps noted\n%s", e.notes.Bytes())
+		e.notes.Reset()
+	}
+	if err != nil {
+		err = fmt.Errorf("terminal: %w", err)
+	}
+	return errors.Join(err, e.Log.Close(ctx))
 }
 
 func (e *echoLog) Write(at time.Time, step int, b []byte) error {

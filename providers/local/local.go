@@ -9,6 +9,7 @@
 //	done/ID/claim.json   what was claimed, as it was read: the commit, the workflow
 //	done/ID/log          what the job printed, masked
 //	done/ID/steps.jsonl  the states of its steps; of each the last line counts
+//	done/ID/annotations.jsonl, summary.md  what steps said of the code and of themselves
 //	done/ID/result.json  how it ended; appears once, complete, and never changes
 //
 // Renames and links within one file system are all the locking there is, so

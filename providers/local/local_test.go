@@ -114,6 +114,7 @@ func TestConformance(t *testing.T) {
 				}
 				return b, states, errors.Join(err, f.Close(), serr)
 			},
+			Notes: func(id string) ([]providers.Annotation, []byte, error) { return ReadNotes(dir, id) },
 		}
 	})
 }

@@ -29,6 +29,7 @@ type jobLog struct {
 	p        *Provider
 	name, id string
 	f, steps *os.File
+	notes    map[string]*os.File // files that few jobs have
 }
 
 // Log opens done/ID/log to be appended to. Without a standing claim, or with
@@ -111,7 +112,11 @@ func (l *jobLog) Step(s providers.StepState) error {
 }
 
 func (l *jobLog) Close(context.Context) error {
-	if err := errors.Join(l.f.Sync(), l.f.Close(), l.steps.Close()); err != nil {
+	err := errors.Join(l.f.Sync(), l.f.Close(), l.steps.Close())
+	for _, f := range l.notes {
+		err = errors.Join(err, f.Sync(), f.Close())
+	}
+	if err != nil {
 		return fmt.Errorf("log of %s: %w", l.name, err)
 	}
 	return l.p.sync(path.Join(dirDone, l.id))

@@ -169,6 +169,19 @@ func (f *Fake) LogOf(id string) ([]byte, map[int]providers.StepState, error) {
 	return b, states, nil
 }
 
+// NotesOf returns the annotations and the summary of a job.
+func (f *Fake) NotesOf(id string) ([]providers.Annotation, []byte, error) {
+	notes, err := os.ReadFile(f.path("logs", id+".notes"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, fmt.Errorf("fake: %w", err)
+	}
+	summary, err := os.ReadFile(f.path("logs", id+".summary"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, fmt.Errorf("fake: %w", err)
+	}
+	return lines[providers.Annotation](notes), summary, nil
+}
+
 // Poll implements providers.Provider.
 func (f *Fake) Poll(ctx context.Context) (providers.Offer, error) {
 	tick := time.NewTicker(2 * time.Millisecond)
@@ -324,6 +337,17 @@ func (l *fakeLog) Write(_ time.Time, _ int, b []byte) error {
 func (l *fakeLog) Step(s providers.StepState) error {
 	b, err := json.Marshal(s)
 	return errors.Join(l.f.up(), err, appendTo(l.file+".steps", append(b, '\n')))
+}
+
+// Annotate implements providers.Annotator.
+func (l *fakeLog) Annotate(a providers.Annotation) error {
+	b, err := json.Marshal(a)
+	return errors.Join(l.f.up(), err, appendTo(l.file+".notes", append(b, '\n')))
+}
+
+// Summary implements providers.Annotator.
+func (l *fakeLog) Summary(_ int, markdown []byte) error {
+	return errors.Join(l.f.up(), appendTo(l.file+".summary", markdown))
 }
 
 func (l *fakeLog) Close(context.Context) error { return l.f.up() }

@@ -97,7 +97,7 @@ func (l *faultyLog) Close(ctx context.Context) error {
 // where one promise rests on another.
 func mutants() map[string]func(*faulty) {
 	all := pollMutants()
-	for _, some := range []map[string]func(*faulty){claimMutants(), watchMutants(), completeMutants(), logMutants()} {
+	for _, some := range []map[string]func(*faulty){claimMutants(), watchMutants(), completeMutants(), logMutants(), noteMutants()} {
 		maps.Copy(all, some)
 	}
 	return all

@@ -35,6 +35,11 @@ type Service struct {
 	// Log returns what the log of a job holds, and the states of its steps by
 	// their index. It is not called if New's providers are no Loggers.
 	Log func(id string) ([]byte, map[int]providers.StepState, error)
+
+	// Notes returns the annotations of a job and its summary: what its steps
+	// said, one behind the other. It is not called if New's logs are no
+	// Annotators.
+	Notes func(id string) ([]providers.Annotation, []byte, error)
 }
 
 const (
@@ -112,5 +117,7 @@ func clauses() []clause {
 		{name: "the log closes after the job's ctx is done", log: true, check: logClosedLate},
 		{name: "the log of a name without a claim is gone", log: true, check: logGone},
 		{name: "the states of steps are shown", log: true, check: logSteps},
+		{name: "annotations are kept", log: true, check: notesKept},
+		{name: "summaries are kept in order", log: true, check: summariesKept},
 	}
 }

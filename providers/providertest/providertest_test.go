@@ -41,7 +41,7 @@ func fakeService(t *testing.T, wrap func(*Fake) providers.Provider) Service {
 			}
 			return results, err
 		},
-		Log: control.LogOf,
+		Log: control.LogOf, Notes: control.NotesOf,
 	}
 }
 
