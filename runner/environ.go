@@ -1,64 +1,54 @@
 package runner
 
 import (
-	"archive/tar"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/providers/workflow"
 	"github.com/mayfly-ci/mayfly/runner/policy"
 	"github.com/mayfly-ci/mayfly/sandbox"
 )
 
 // Where a step finds what the agent gives it. All of it is on the box's tmpfs.
 const (
-	scriptFile = sandbox.Run + "/step"
 	tempDir    = "/tmp"
 	secretsDir = sandbox.Run + "/secrets"
 )
-
-// commandFiles are what a step writes to tell the runner something, as GitHub
-// documents them: variable → file below sandbox.Run.
-func commandFiles() map[string]string {
-	return map[string]string{
-		"GITHUB_ENV": "env", "GITHUB_OUTPUT": "output", "GITHUB_PATH": "path",
-		"GITHUB_STATE": "state", "GITHUB_STEP_SUMMARY": "summary",
-	}
-}
-
-// commandFileMax bounds what a step may hand back in one file, in bytes;
-// GitHub's limit for a step summary is the same.
-const commandFileMax = 1 << 20
 
 // basePath is PATH at the start of a job: Debian's, and where Go installs
 // itself, which a login shell would add.
 const basePath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/go/bin"
 
-// environment is all of the environment of a step.
+// environment is all of the environment of a step: what is there for every
+// step, the job's own and what steps added, the step's and that of the actions
+// around it, what GitHub lets nobody change, and what the policy grants.
 func (s *steps) environment(step *current) []string {
-	job := s.job.Subject
-	env := map[string]string{
-		"CI": "true", "HOME": "/root", "USER": "root", "LANG": "C.UTF-8", "TMPDIR": tempDir,
-		"GITHUB_ACTIONS": "true", "GITHUB_WORKSPACE": sandbox.Workspace,
-		"GITHUB_REPOSITORY": job.Repository, "GITHUB_REF": job.Ref, "GITHUB_REF_NAME": refName(job.Ref),
-		"GITHUB_SHA": job.SHA, "GITHUB_EVENT_NAME": job.Event, "GITHUB_WORKFLOW": job.Workflow,
-		"GITHUB_JOB": job.Job, "GITHUB_ACTOR": s.job.Actor,
-		"RUNNER_OS": "Linux", "RUNNER_TEMP": tempDir,
+	env := map[string]string{"CI": "true", "HOME": "/root", "USER": "root", "LANG": "C.UTF-8", "TMPDIR": tempDir}
+	env["PATH"] = strings.Join(append(slices.Clone(s.path), basePath), ":")
+	maps.Copy(env, s.env)
+	maps.Copy(env, step.frame.env)
+	maps.Copy(env, step.env)
+	github, _ := step.scope.Contexts["github"].(map[string]any)
+	for _, key := range githubVariables() {
+		env["GITHUB_"+strings.ToUpper(key)] = workflow.Text(github[key])
+	}
+	if step.frame.action != "" {
+		env["GITHUB_ACTION_PATH"] = step.frame.action
+	}
+	env["GITHUB_ACTIONS"] = "true"
+	for key, v := range s.runner() {
+		env["RUNNER_"+strings.ToUpper(key)] = workflow.Text(v)
 	}
 	for variable, file := range commandFiles() {
 		env[variable] = sandbox.Run + "/" + file
 	}
-	env["PATH"] = strings.Join(append(slices.Clone(s.path), basePath), ":")
-	maps.Copy(env, s.env)
-	maps.Copy(env, step.env)
-	for _, l := range s.granted(step.ID) {
+	for _, l := range s.granted(step.outermost().ID) {
 		for variable, field := range l.Env {
 			env[variable] = s.field(l, field)
 		}
@@ -68,6 +58,17 @@ func (s *steps) environment(step *current) []string {
 		list = append(list, k+"="+env[k])
 	}
 	return list
+}
+
+// githubVariables are the keys of the github context that every step finds as a
+// variable, as GitHub documents them under "Default environment variables".
+func githubVariables() []string {
+	return []string{
+		"action", "actor", "actor_id", "api_url", "base_ref", "event_name", "event_path", "graphql_url", "head_ref", "job",
+		"ref", "ref_name", "ref_protected", "ref_type", "repository", "repository_id", "repository_owner", "repository_owner_id",
+		"retention_days", "run_attempt", "run_id", "run_number", "server_url", "sha", "triggering_actor", "workflow",
+		"workflow_ref", "workflow_sha", "workspace",
+	}
 }
 
 // granted are the leases of the plan that a step may use.
@@ -181,131 +182,6 @@ func (s *steps) dropSecrets(ctx context.Context, step string) error {
 	ctx, cancel := s.detached(ctx)
 	defer cancel()
 	return s.put(ctx, files)
-}
-
-// putCommandFiles gives the step its script and empty files to write to. What
-// the step before did not write to is empty still.
-func (s *steps) putCommandFiles(ctx context.Context, script string) error {
-	files := map[string]string{"step": script}
-	for _, file := range commandFiles() {
-		if !s.blank[file] {
-			files[file] = ""
-		}
-	}
-	s.blank = map[string]bool{}
-	return s.put(ctx, files)
-}
-
-// put writes files below sandbox.Run, readable by root in the box only.
-func (s *steps) put(ctx context.Context, files map[string]string) error {
-	var b bytes.Buffer
-	w := tar.NewWriter(&b)
-	for _, name := range slices.Sorted(maps.Keys(files)) {
-		h := &tar.Header{Name: name, Mode: 0o600, Size: int64(len(files[name])), Typeflag: tar.TypeReg}
-		if err := w.WriteHeader(h); err != nil {
-			return fmt.Errorf("%s: %w", name, err)
-		}
-		if _, err := w.Write([]byte(files[name])); err != nil {
-			return fmt.Errorf("%s: %w", name, err)
-		}
-	}
-	if err := w.Close(); err != nil {
-		return fmt.Errorf("step files: %w", err)
-	}
-	if err := s.box.Put(ctx, sandbox.Run, &b); err != nil {
-		return fmt.Errorf("step files: %w", err)
-	}
-	return nil
-}
-
-// readCommandFiles takes what the step wrote for later steps, and returns its
-// outputs: also those of a step whose time is over.
-func (s *steps) readCommandFiles(ctx context.Context) (map[string]string, error) {
-	ctx, cancel := s.detached(ctx)
-	defer cancel()
-	env, err := s.pairs(ctx, "env")
-	if err != nil {
-		return nil, err
-	}
-	for k := range env {
-		if strings.HasPrefix(k, "GITHUB_") || strings.HasPrefix(k, "RUNNER_") {
-			return nil, fmt.Errorf("GITHUB_ENV: %s cannot be set by a step", k)
-		}
-	}
-	maps.Copy(s.env, env)
-	b, err := s.commandFile(ctx, "path")
-	if err != nil {
-		return nil, err
-	}
-	s.path = append(parsePath(string(b)), s.path...)
-	return s.pairs(ctx, "output")
-}
-
-func (s *steps) pairs(ctx context.Context, file string) (map[string]string, error) {
-	b, err := s.commandFile(ctx, file)
-	if err != nil {
-		return nil, err
-	}
-	m, err := parsePairs(string(b))
-	if err != nil {
-		return nil, fmt.Errorf("GITHUB_%s: %w", strings.ToUpper(file), err)
-	}
-	return m, nil
-}
-
-func (s *steps) commandFile(ctx context.Context, file string) ([]byte, error) {
-	b, err := s.box.Get(ctx, sandbox.Run+"/"+file, commandFileMax)
-	s.blank[file] = err == nil && len(b) == 0
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil // the step removed it: it says nothing
-	}
-	if err != nil {
-		return nil, fmt.Errorf("GITHUB_%s: %w", strings.ToUpper(file), err)
-	}
-	return b, nil
-}
-
-// parsePath reads the format of GITHUB_PATH: a directory a line, the last of
-// which is searched first.
-func parsePath(text string) []string {
-	var dirs []string
-	for line := range strings.Lines(text) {
-		if dir := strings.TrimRight(line, "\r\n"); dir != "" {
-			dirs = append(dirs, dir)
-		}
-	}
-	slices.Reverse(dirs)
-	return dirs
-}
-
-// parsePairs reads the format of GITHUB_ENV and GITHUB_OUTPUT: NAME=VALUE
-// lines, and NAME<<DELIMITER blocks (docs.github.com, "Workflow commands").
-func parsePairs(text string) (map[string]string, error) {
-	m := map[string]string{}
-	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
-	for i := 0; i < len(lines); i++ {
-		line := strings.TrimSuffix(lines[i], "\r")
-		if line == "" {
-			continue
-		}
-		eq, heredoc := strings.Index(line, "="), strings.Index(line, "<<")
-		switch {
-		case heredoc > 0 && (eq < 0 || heredoc < eq):
-			name, end := line[:heredoc], line[heredoc+2:]
-			from := i + 1
-			for i++; i < len(lines) && strings.TrimSuffix(lines[i], "\r") != end; i++ {
-			}
-			if i == len(lines) || end == "" {
-				return nil, fmt.Errorf("line %d: no end %q of %q", from, end, name)
-			}
-			m[name] = strings.Join(lines[from:i], "\n")
-		case eq > 0:
-			m[line[:eq]] = line[eq+1:]
-		default:
-			return nil, fmt.Errorf("line %d: want NAME=VALUE or NAME<<DELIMITER", i+1)
-		}
-	}
-	return m, nil
 }
 
 func refName(ref string) string {

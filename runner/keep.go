@@ -82,9 +82,9 @@ func (s *steps) strip(ctx context.Context, k *kept) error {
 	s.leases = nil // so that none is in the environment
 	step, files := s.failing, map[string]string{"step": ""}
 	if step == nil {
-		step = &current{}
-	} else if _, script, err := s.process(step); err == nil {
-		files["step"] = s.out.hide(script)
+		step = &current{frame: s.root, scope: s.scope(s.root, nil)}
+	} else if _, sh, script, err := s.process(step); err == nil {
+		files[sh.file] = s.out.hide(script)
 	}
 	for _, l := range s.plan.Leases {
 		for file := range l.Files {

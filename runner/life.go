@@ -137,7 +137,7 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 	}
 	l.clock.mark("attach")
 
-	l.steps = &steps{life: l, box: box, plan: plan, deadline: deadline}
+	l.steps = newSteps(l, box, plan, deadline)
 	if err := l.steps.issue(ctx, ""); err != nil {
 		return providers.Result{}, err
 	}

@@ -1,11 +1,11 @@
 package runner
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"maps"
-	"path"
 	"slices"
 	"strings"
 	"time"
@@ -35,44 +35,61 @@ type steps struct {
 	env       map[string]string      // the job's own, and what steps wrote to GITHUB_ENV
 	path      []string               // what steps wrote to GITHUB_PATH, last first
 	blank     map[string]bool        // command files that the last step left empty
-	done      map[string]any         // the context "steps"
-	status    providers.Conclusion
+	event     bool                   // the event is in the box
+	heard     heard
+	debug     bool      // the job asked for debug messages
+	root      *frame    // of the job itself
 	failing   *current  // the first step that failed and was not tolerated
-	graceEnds time.Time // of the steps that run after a cancellation
+	graceEnds time.Time // of the steps that run after the provider cancelled the job; zero before
 }
 
-// A current is the step that runs now.
-type current struct {
-	providers.Step
-	index   int
-	started time.Time
-	env     map[string]string // of the step alone
-	scope   workflow.Scope
+func newSteps(l *life, box sandbox.Sandbox, plan policy.Plan, deadline time.Time) *steps {
+	root := &frame{steps: l.job.Steps, done: map[string]any{}, status: providers.Success}
+	return &steps{life: l, box: box, plan: plan, deadline: deadline, env: map[string]string{}, root: root}
 }
 
 // run runs the job's steps in order and returns how the job ended.
 func (s *steps) run(ctx, alive context.Context) (providers.Result, error) {
-	s.env, s.done, s.status = map[string]string{}, map[string]any{}, providers.Success
-	env, err := interpolateAll(s.job.Env, s.scope(nil))
+	scope := s.scope(s.root, nil)
+	env, err := variables(s.job.Env, s.job.EnvExpr, scope)
 	if err != nil {
 		return providers.Result{}, fmt.Errorf("%w: %w", providers.ErrBadJob, err)
 	}
 	s.env = env
-	for i, step := range s.job.Steps {
+	// A service has a switch for it; by hand it is a secret or a variable.
+	s.debug, err = workflow.Condition("secrets.ACTIONS_STEP_DEBUG == 'true' || vars.ACTIONS_STEP_DEBUG == 'true'", scope)
+	if err == nil {
+		err = s.sequence(ctx, alive, s.root)
+	}
+	if err == nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		return providers.Result{}, err
+	}
+	return s.result()
+}
+
+// sequence runs the steps of a frame in order. An error means that no other step
+// may run; one that failed is no error.
+func (s *steps) sequence(ctx, alive context.Context, f *frame) error {
+	names := actionNames(f.steps)
+	for i, step := range f.steps {
+		c := &current{Step: step, frame: f, index: i, name: names[i]}
+		if f.outer != nil {
+			c.index = f.outer.index
+		}
 		stepCtx, cancel := s.stepContext(ctx, alive)
-		err := s.runStep(stepCtx, &current{Step: step, index: i, started: time.Now()})
+		err := s.runStep(stepCtx, alive, c)
 		cancel()
 		if err == nil {
 			err = s.stopEarly(ctx, alive)
 		}
 		if err != nil {
-			return providers.Result{}, err
+			return err
 		}
 	}
-	if err := context.Cause(ctx); err != nil {
-		return providers.Result{}, err
-	}
-	return s.result()
+	return nil
 }
 
 // stepContext is the job's own context, except that after a cancellation by the
@@ -82,12 +99,13 @@ func (s *steps) stepContext(ctx, alive context.Context) (context.Context, contex
 	if !errors.Is(context.Cause(ctx), providers.ErrCancelled) {
 		return context.WithCancel(ctx)
 	}
-	if s.status != providers.Cancelled {
-		s.status = providers.Cancelled
+	if !s.cancelled() {
 		s.graceEnds = time.Now().Add(cancelGrace)
 	}
 	return context.WithDeadlineCause(alive, earlier(s.graceEnds, s.deadline), ErrDeadline)
 }
+
+func (s *steps) cancelled() bool { return !s.graceEnds.IsZero() }
 
 // stopEarly says whether the job ended so that no further step may run.
 func (s *steps) stopEarly(ctx, alive context.Context) error {
@@ -103,29 +121,36 @@ func (s *steps) stopEarly(ctx, alive context.Context) error {
 // runStep decides whether a step runs, gives it what is bound to it, runs it and
 // takes that back. An error means that the job cannot go on; a step that fails
 // is no error.
-func (s *steps) runStep(ctx context.Context, step *current) error {
-	runs, err := s.prepare(step)
+//
+// A step of an action is none for the service, and has no scope of its own.
+func (s *steps) runStep(ctx, alive context.Context, step *current) error {
+	state := providers.StepState{Index: step.index, Started: time.Now()}
+	runs, err := s.prepare(ctx, step)
 	if err != nil {
-		return s.endStep(step, failed(fmt.Errorf("%s: %w", step.Position, err)))
+		return s.endStep(step, state, failed(fmt.Errorf("%s: %w", step.Position, err)))
 	}
 	if !runs {
-		return s.endStep(step, ending{conclusion: providers.Skipped})
+		return s.endStep(step, state, ending{conclusion: providers.Skipped})
 	}
-	state := providers.StepState{Index: step.index, Name: s.title(step), Started: step.started}
+	if step.frame.outer != nil {
+		end := s.exec(ctx, alive, step)
+		return errors.Join(s.out.flush(), s.endStep(step, state, end))
+	}
+	state.Name = s.title(step)
 	if err := s.out.step(state); err != nil {
 		return fmt.Errorf("log: %w", err)
 	}
-	end, err := s.inScope(ctx, step)
-	return errors.Join(err, s.out.flush(), s.endStep(step, end))
+	end, err := s.inScope(ctx, alive, step)
+	return errors.Join(err, s.out.flush(), s.endStep(step, state, end))
 }
 
 // prepare evaluates the environment and the condition of a step.
-func (s *steps) prepare(step *current) (runs bool, err error) {
-	step.scope = s.scope(nil)
-	if step.env, err = interpolateAll(step.Env, step.scope); err != nil {
+func (s *steps) prepare(ctx context.Context, step *current) (runs bool, err error) {
+	step.scope = s.filesScope(ctx, step.frame, step)
+	if step.env, err = variables(step.Env, step.EnvExpr, step.scope); err != nil {
 		return false, err
 	}
-	step.scope = s.scope(step.env)
+	step.scope = s.filesScope(ctx, step.frame, step)
 	runs, err = workflow.Condition(step.If, step.scope)
 	if err != nil {
 		return false, fmt.Errorf("if: %w", err)
@@ -133,7 +158,9 @@ func (s *steps) prepare(step *current) (runs bool, err error) {
 	return runs, nil
 }
 
-func interpolateAll(templates map[string]string, scope workflow.Scope) (map[string]string, error) {
+// variables evaluates env: variables that are written out, and one expression
+// that gives more.
+func variables(templates map[string]string, expr string, scope workflow.Scope) (map[string]string, error) {
 	values := map[string]string{}
 	for _, k := range slices.Sorted(maps.Keys(templates)) {
 		v, err := workflow.Interpolate(templates[k], scope)
@@ -142,12 +169,20 @@ func interpolateAll(templates map[string]string, scope workflow.Scope) (map[stri
 		}
 		values[k] = v
 	}
+	if expr == "" {
+		return values, nil
+	}
+	more, err := workflow.Variables(expr, scope)
+	if err != nil {
+		return nil, fmt.Errorf("env: %w", err)
+	}
+	maps.Copy(values, more)
 	return values, nil
 }
 
 // inScope holds what is bound to the step while it runs, and releases it before
 // the next one starts.
-func (s *steps) inScope(ctx context.Context, step *current) (ending, error) {
+func (s *steps) inScope(ctx, alive context.Context, step *current) (ending, error) {
 	rules := stepRules(s.plan, step.ID)
 	if len(rules) > 0 {
 		_, err := hold(ctx, s.life, rulesName(s.log.Job, step.index), func(ctx context.Context) (none, grip, error) {
@@ -161,7 +196,8 @@ func (s *steps) inScope(ctx context.Context, step *current) (ending, error) {
 	if err := s.issue(ctx, step.ID); err != nil {
 		return failed(err), err
 	}
-	end := s.exec(ctx, step)
+	end := s.exec(ctx, alive, step)
+	s.clock.mark("-step-" + step.ID)
 	if errors.Is(end.reason, sandbox.ErrDied) {
 		return end, end.reason // no step can go on, tolerated or not
 	}
@@ -186,41 +222,17 @@ type ending struct {
 
 func failed(err error) ending { return ending{conclusion: providers.Failure, reason: err} }
 
-// exec runs the step's command.
-func (s *steps) exec(ctx context.Context, step *current) ending {
-	p, script, err := s.process(step)
-	if err != nil {
-		return failed(fmt.Errorf("%s: %w", step.Position, err))
-	}
+// exec runs the step's script or action in the time that the step has.
+func (s *steps) exec(ctx, alive context.Context, step *current) ending {
 	ctx, cancel, err := stepTimeout(ctx, step)
 	if err != nil {
 		return failed(fmt.Errorf("%s: %w", step.Position, err))
 	}
 	defer cancel()
-	if err := s.putCommandFiles(ctx, script); err != nil {
-		return failed(err)
+	if step.Uses != "" {
+		return s.use(ctx, alive, step)
 	}
-	p.Stdout = func(at time.Time, b []byte) error { return s.out.write(at, step.index, b) }
-	p.Stderr = p.Stdout
-	exit, err := s.box.Run(ctx, p)
-	s.clock.mark("-step-" + step.ID)
-	end := ending{conclusion: providers.Success, exit: exit.Code}
-	switch {
-	case errors.Is(err, errStepTimeout):
-		return ending{conclusion: providers.Failure, exit: exit.Code, reason: err}
-	case err != nil:
-		return ending{conclusion: providers.Failure, exit: exit.Code, reason: err}
-	case exit.OOM:
-		end.conclusion, end.reason = providers.Failure, errors.New("killed: out of memory: the plan's limit was reached; raise limits.memory in the policy")
-	case exit.Code != 0:
-		end.conclusion, end.reason = providers.Failure, fmt.Errorf("exit status %d", exit.Code)
-	}
-	outputs, err := s.readCommandFiles(ctx)
-	end.outputs = outputs
-	if err != nil && end.conclusion == providers.Success {
-		end.conclusion, end.reason = providers.Failure, err
-	}
-	return end
+	return s.script(ctx, step)
 }
 
 func stepTimeout(ctx context.Context, step *current) (context.Context, context.CancelFunc, error) {
@@ -237,7 +249,8 @@ func stepTimeout(ctx context.Context, step *current) (context.Context, context.C
 }
 
 // endStep records how a step ended, for later conditions and for the provider.
-func (s *steps) endStep(step *current, end ending) error {
+func (s *steps) endStep(step *current, state providers.StepState, end ending) error {
+	f := step.frame
 	outcome := end.conclusion
 	if outcome == providers.Failure {
 		tolerated, err := workflow.Bool(step.ContinueOnError, step.scope)
@@ -246,8 +259,11 @@ func (s *steps) endStep(step *current, end ending) error {
 		}
 		if tolerated {
 			end.conclusion = providers.Success
-		} else if s.status == providers.Success {
-			s.status = providers.Failure
+			if s.failing != nil && s.failing.within(step) {
+				s.failing = nil
+			}
+		} else if f.status == providers.Success {
+			f.status, f.exit = providers.Failure, end.exit
 		}
 		if !tolerated && s.failing == nil {
 			s.failing = step
@@ -257,17 +273,18 @@ func (s *steps) endStep(step *current, end ending) error {
 	for k, v := range end.outputs {
 		outputs[k] = v
 	}
-	s.done[step.ID] = map[string]any{
+	f.done[step.ID] = map[string]any{
 		"outcome": string(outcome), "conclusion": string(end.conclusion), "outputs": outputs,
 	}
 	if end.reason != nil {
 		s.out.notice(step.index, fmt.Sprintf("step %s: %v", s.title(step), end.reason))
 	}
-	err := s.out.step(providers.StepState{
-		Index: step.index, Name: s.title(step), Started: step.started, Ended: time.Now(),
-		Conclusion: end.conclusion, ExitCode: end.exit,
-	})
-	if err != nil {
+	if f.outer != nil {
+		return nil
+	}
+	state.Name, state.Ended = s.title(step), time.Now()
+	state.Conclusion, state.ExitCode = end.conclusion, end.exit
+	if err := s.out.step(state); err != nil {
 		return fmt.Errorf("log: %w", err)
 	}
 	return nil
@@ -276,11 +293,20 @@ func (s *steps) endStep(step *current, end ending) error {
 // result is how the job ended once all its steps did.
 func (s *steps) result() (providers.Result, error) {
 	r := providers.Result{Conclusion: providers.Success, Outputs: map[string]string{}}
-	if s.status == providers.Failure {
-		r.Conclusion = providers.Failure
+	scope := s.scope(s.root, nil)
+	if s.root.status == providers.Failure {
+		tolerated, err := workflow.Bool(s.job.ContinueOnError, scope)
+		if err != nil {
+			return r, fmt.Errorf("continue-on-error: %w", err)
+		}
+		if tolerated {
+			s.out.notice(-1, "the job failed; continue-on-error has it reported as a success")
+		} else {
+			r.Conclusion = providers.Failure
+		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.job.Outputs)) {
-		v, err := workflow.Interpolate(s.job.Outputs[name], s.scope(nil))
+		v, err := workflow.Interpolate(s.job.Outputs[name], scope)
 		if err != nil {
 			return r, fmt.Errorf("output %s: %w", name, err)
 		}
@@ -289,85 +315,16 @@ func (s *steps) result() (providers.Result, error) {
 	return r, nil
 }
 
-// scope is what expressions can see: in a step, its own environment too.
-func (s *steps) scope(stepEnv map[string]string) workflow.Scope {
-	c := maps.Clone(s.job.Contexts)
-	if c == nil {
-		c = map[string]any{}
-	}
-	secrets, env := map[string]any{}, map[string]any{}
-	for k, v := range s.job.Secrets {
-		secrets[k] = v
-	}
-	for _, layer := range []map[string]string{s.env, stepEnv} {
-		for k, v := range layer {
-			env[k] = v
-		}
-	}
-	if github, ok := c["github"].(map[string]any); ok {
-		github = maps.Clone(github)
-		github["workspace"] = sandbox.Workspace
-		c["github"] = github
-	}
-	c["secrets"], c["env"], c["steps"] = secrets, env, s.done
-	c["job"] = map[string]any{"status": string(s.status)}
-	c["runner"] = map[string]any{"os": "Linux", "temp": tempDir, "environment": "self-hosted"}
-	return workflow.Scope{Contexts: c, Status: s.status}
-}
-
+// title is what a step is called: by itself, or by what it does.
 func (s *steps) title(step *current) string {
-	if step.Name == "" {
-		line, _, _ := strings.Cut(step.Run, "\n")
-		return "Run " + s.out.hide(line)
+	name, _, _ := strings.Cut("Run "+cmp.Or(step.Uses, step.Run), "\n")
+	if step.Name != "" {
+		name = step.Name
 	}
-	name, err := workflow.Interpolate(step.Name, step.scope)
-	if err != nil {
-		return step.Name
+	if evaluated, err := workflow.Interpolate(name, step.scope); err == nil {
+		name = evaluated
 	}
 	return s.out.hide(name)
-}
-
-// shells maps the shell of a step to its command line, as GitHub documents it.
-// {0} is the script.
-func shell(name string) ([]string, error) {
-	switch name {
-	case "":
-		return []string{"bash", "-e", "{0}"}, nil
-	case "bash":
-		return []string{"bash", "--noprofile", "--norc", "-eo", "pipefail", "{0}"}, nil
-	case "sh":
-		return []string{"sh", "-e", "{0}"}, nil
-	case "python":
-		return []string{"python3", "{0}"}, nil
-	}
-	args := strings.Fields(name)
-	if !slices.Contains(args, "{0}") {
-		return nil, fmt.Errorf("shell %q: a custom shell needs {0} where the script goes", name)
-	}
-	return args, nil
-}
-
-// process is the command of a step and the script that it runs.
-func (s *steps) process(step *current) (sandbox.Process, string, error) {
-	script, err := workflow.Interpolate(step.Run, step.scope)
-	if err != nil {
-		return sandbox.Process{}, "", fmt.Errorf("run: %w", err)
-	}
-	dir, err := workflow.Interpolate(step.Dir, step.scope)
-	if err != nil {
-		return sandbox.Process{}, "", fmt.Errorf("working-directory: %w", err)
-	}
-	if !path.IsAbs(dir) {
-		dir = path.Join(sandbox.Workspace, dir)
-	}
-	args, err := shell(step.Shell)
-	if err != nil {
-		return sandbox.Process{}, "", err
-	}
-	for i := range args {
-		args[i] = strings.ReplaceAll(args[i], "{0}", scriptFile)
-	}
-	return sandbox.Process{Args: args, Env: s.environment(step), Dir: dir}, script, nil
 }
 
 func earlier(a, b time.Time) time.Time {

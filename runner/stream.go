@@ -24,6 +24,10 @@ const refusalsShown = 50
 // the job's; after that they break it.
 const pendingMax = 8
 
+// noticeBytes is how much the agent says of the steps of a job whose log has
+// reached its limit, in bytes.
+const noticeBytes = 64 << 10
+
 // noticeMark begins every line that the agent adds to a job's log.
 const noticeMark = "mayfly: "
 
@@ -34,12 +38,14 @@ type stream struct {
 	log     providers.Log // nil if the provider shows no logs, and once it is closed
 	closed  bool
 	set     *mask.Set
+	fresh   []creds.Secret // to be in the set before the next byte is masked
 	out     *mask.Writer
 	at      time.Time // of the bytes that are being written
 	index   int       // step that they are from
 	midline bool
 	pending []string // lines of the agent's own, for when the job's line ends
 	left    int64    // bytes that the plan still allows
+	notes   int      // annotations so far
 	shown   map[refusal]bool
 	err     error // the first failure of the provider's log
 }
@@ -77,7 +83,8 @@ func (s *stream) limit(n int64) {
 func (s *stream) conceal(values map[string]creds.Secret) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var add []creds.Secret
+	add := s.fresh
+	s.fresh = nil
 	var short error
 	for _, name := range slices.Sorted(maps.Keys(values)) {
 		if _, err := s.set.With(values[name]); err != nil {
@@ -91,10 +98,42 @@ func (s *stream) conceal(values map[string]creds.Secret) error {
 	return errors.Join(short, err, s.out.Use(set))
 }
 
+// concealNext masks a value from the next byte on. A set is compiled when it is
+// used, so that many values in a row cost as much as one.
+func (s *stream) concealNext(value creds.Secret) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.fresh = append(s.fresh, value)
+}
+
+// mask is the set with all that is to be concealed.
+func (s *stream) mask() (*mask.Set, error) {
+	if len(s.fresh) == 0 {
+		return s.set, nil
+	}
+	set, err := s.set.With(s.fresh...)
+	s.set, s.fresh = set, nil
+	return set, errors.Join(err, s.out.Use(set))
+}
+
 // write takes what a step printed.
 func (s *stream) write(at time.Time, step int, b []byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if _, err := s.mask(); s.err == nil {
+		s.err = err
+	}
+	return s.add(at, step, b)
+}
+
+// writeBefore takes bytes that no value of concealNext stands in.
+func (s *stream) writeBefore(at time.Time, step int, b []byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.add(at, step, b)
+}
+
+func (s *stream) add(at time.Time, step int, b []byte) error {
 	if s.err != nil {
 		return s.err
 	}
@@ -120,7 +159,8 @@ func (s *stream) write(at time.Time, step int, b []byte) error {
 func (s *stream) flush() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return errors.Join(s.err, s.out.Flush(), s.sayPending())
+	_, err := s.mask()
+	return errors.Join(s.err, err, s.out.Flush(), s.sayPending())
 }
 
 // close sends what is held back and closes the provider's log. It does so once:
@@ -134,7 +174,8 @@ func (s *stream) close(ctx context.Context) (known bool, err error) {
 	}
 	// A line that could not be written has ended the job already and is its
 	// reason; here it must not hold the report back for ever.
-	if err := errors.Join(s.out.Flush(), s.sayPending()); s.err == nil {
+	_, err = s.mask()
+	if err := errors.Join(err, s.out.Flush(), s.sayPending()); s.err == nil {
 		s.err = err
 	}
 	err = s.log.Close(ctx)
@@ -142,10 +183,15 @@ func (s *stream) close(ctx context.Context) (known bool, err error) {
 	return true, err
 }
 
-// notice adds a line of the agent's own. It is masked like everything else.
+// notice adds a line of the agent's own. It is masked like everything else. A
+// line about a step counts against the job's limit, a line about the job (-1)
+// does not: what a job can provoke is bounded, and its end is always told.
 func (s *stream) notice(step int, text string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.left -= int64(len(text)); step >= 0 && s.left < -noticeBytes {
+		return
+	}
 	s.at, s.index = time.Now(), max(step, 0)
 	if err := s.say(text); s.err == nil {
 		s.err = err
@@ -155,7 +201,11 @@ func (s *stream) notice(step int, text string) {
 // say goes past the masking writer: what that holds back may be the beginning of
 // a secret, and must not be cut off from its end by a line in between.
 func (s *stream) say(text string) error {
-	s.pending = append(s.pending, noticeMark+s.set.Mask(text)+"\n")
+	set, err := s.mask()
+	if err != nil {
+		return err
+	}
+	s.pending = append(s.pending, noticeMark+set.Mask(text)+"\n")
 	if s.midline && len(s.pending) <= pendingMax {
 		return nil
 	}
@@ -202,7 +252,15 @@ func (s *stream) refusal(line egress.Line) {
 func (s *stream) hide(text string) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.set.Mask(text)
+	return s.hidden(text)
+}
+
+func (s *stream) hidden(text string) string {
+	set, err := s.mask()
+	if s.err == nil {
+		s.err = err
+	}
+	return set.Mask(text)
 }
 
 // step tells the provider that a step changed its state.

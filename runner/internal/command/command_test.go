@@ -41,9 +41,12 @@ func scan(t *testing.T, parts ...[]byte) string {
 	commands := 0
 	s := NewScanner(
 		func(b []byte) error { out.Write(b); return nil },
-		func(line []byte) (bool, error) {
+		func(line, end []byte) (bool, error) {
 			commands++
 			out.WriteString("[" + string(line) + "]")
+			if commands%2 == 1 {
+				out.Write(end)
+			}
 			return commands%2 == 1, nil
 		})
 	for _, p := range parts {
@@ -157,7 +160,7 @@ func BenchmarkScanner(b *testing.B) {
 		"commands": bytes.Repeat([]byte("::warning file=a.go,line=1::something\n"), 860),
 	} {
 		b.Run(name, func(b *testing.B) {
-			s := NewScanner(func([]byte) error { return nil }, func([]byte) (bool, error) { return true, nil })
+			s := NewScanner(func([]byte) error { return nil }, func(_, _ []byte) (bool, error) { return true, nil })
 			b.SetBytes(int64(len(text)))
 			for b.Loop() {
 				if err := s.Write(text); err != nil {

@@ -20,7 +20,7 @@ const (
 // never on how they were cut. It is not safe for concurrent use.
 type Scanner struct {
 	plain   func(b []byte) error
-	command func(line []byte) (keep bool, err error)
+	command func(line, end []byte) (shown bool, err error)
 
 	held    []byte // the beginning of a line that may be a command
 	midline bool   // the line that is being read is none
@@ -28,10 +28,10 @@ type Scanner struct {
 }
 
 // NewScanner returns a Scanner. A line that begins like a command is given to
-// command without its end, once it is whole; command shows the line to whoever
-// it likes, and says whether the end of the line is kept. Neither function may
-// keep its slice.
-func NewScanner(plain func(b []byte) error, command func(line []byte) (keep bool, err error)) *Scanner {
+// command once it is whole, and what ends it beside it: "\n", "\r" or nothing.
+// The Scanner forgets both; command passes them on, and says if it did, so that
+// of "\r\n" nothing is left over. Neither function may keep its slices.
+func NewScanner(plain func(b []byte) error, command func(line, end []byte) (shown bool, err error)) *Scanner {
 	return &Scanner{plain: plain, command: command}
 }
 
@@ -58,7 +58,7 @@ func (s *Scanner) Flush() error {
 	case !candidate(line):
 		return s.plain(line)
 	}
-	_, err := s.command(line)
+	_, err := s.command(line, nil)
 	return err
 }
 
@@ -178,15 +178,9 @@ func (s *Scanner) hold(b []byte) (int, error) {
 	case !candidate(line):
 		return n + 1, s.plain(append(line, b[n]))
 	}
-	keep, err := s.command(line)
-	if err != nil {
-		return n, err
-	}
-	if !keep {
-		s.dropCR = b[n] == '\r'
-		return n + 1, nil
-	}
-	return n + 1, s.plain(b[n : n+1])
+	shown, err := s.command(line, b[n:n+1])
+	s.dropCR = !shown && b[n] == '\r'
+	return n + 1, err
 }
 
 // candidate says whether a line begins like a command, and possible whether it
