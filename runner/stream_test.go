@@ -110,3 +110,5 @@ func FuzzParsePairs(f *testing.F) {
 		}
 	})
 }
+
+func newSecret() creds.Secret { return creds.NewSecret("s3cret") }

@@ -51,10 +51,11 @@ type world struct {
 	// abandons is set by tests that stop an agent while something is owed: then
 	// alone a claim may stand that nobody watches.
 	abandons bool
-	latest   time.Time     // when a lease may end; zero is not looked at
-	generous time.Duration // by which leases outlive their grant
-	hang     string        // "put" or "get": then the box's guest does not answer
-	deploy   []string      // what lay in the file of the step's lease when each step ran
+	latest   time.Time         // when a lease may end; zero is not looked at
+	generous time.Duration     // by which leases outlive their grant
+	hang     string            // "put" or "get": then the box's guest does not answer
+	deploy   []string          // what lay in the file of the step's lease when each step ran
+	files    map[string]string // of the workspace, for actions
 }
 
 const policyText = `version: 1
@@ -392,6 +393,9 @@ func (b worldBox) Put(ctx context.Context, dir string, r io.Reader) error {
 func (b worldBox) Get(ctx context.Context, name string, limit int64) ([]byte, error) {
 	if err := b.stuck(ctx, "get"); err != nil {
 		return nil, err
+	}
+	if text, ok := b.w.files[name]; ok {
+		return []byte(text), nil
 	}
 	return b.Sandbox.Get(ctx, name, limit)
 }
