@@ -2,7 +2,7 @@
 // and credentials, runs it, and takes everything back before it says so.
 //
 // Start reading at life.go: it is the whole program. The rest of the package
-// is what the life needs: steps.go runs the job's steps (shell.go a script,
+// is what the life needs: steps.go runs the job's steps (script.go a script,
 // action.go an action), listen.go hears and stream.go masks what they print,
 // settle.go insists on the release, recover.go and reap.go are the same release
 // after a crash, keep.go and shell.go are the boxes that stay for somebody to
