@@ -127,8 +127,9 @@ type Provider interface {
 	Poll(ctx context.Context) (Offer, error)
 
 	// Claim binds the offer to this agent under name. Claiming a name twice
-	// returns the same Job. It returns ErrGone if there is nothing to bind,
-	// and ErrBadJob, with the claim made and Job.Ref set, if what it got
+	// returns the same Job, or after a restart ErrGone where asking is taking. It
+	// returns ErrGone if there is nothing to bind or, where asking is taking, if
+	// nobody can say (Poll tells why), and ErrBadJob, with the claim made and Job.Ref set, if what it got
 	// cannot be run.
 	Claim(ctx context.Context, name string, o Offer) (Job, error)
 

@@ -54,6 +54,9 @@ func holds(s Service, id string, want []byte) error {
 	if err != nil {
 		return fmt.Errorf("reading the log: %w", err)
 	}
+	if s.Shown != nil {
+		want = s.Shown(want)
+	}
 	if !bytes.Equal(got, want) {
 		at := 0
 		for at < min(len(got), len(want)) && got[at] == want[at] {

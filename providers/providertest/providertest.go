@@ -40,6 +40,19 @@ type Service struct {
 	// said, one behind the other. It is not called if New's logs are no
 	// Annotators.
 	Notes func(id string) ([]providers.Annotation, []byte, error)
+
+	// Shown is what Log returns of bytes that were written, for services that
+	// keep lines of text; nil is the bytes themselves.
+	Shown func(written []byte) []byte
+
+	// Words are the conclusions that the service does not know, and what it
+	// shows instead.
+	Words map[providers.Conclusion]providers.Conclusion
+
+	// Taking says that asking is taking: what an earlier life claimed cannot be
+	// asked for again, and Claim may answer ErrGone. Its Job.Ref serves the other
+	// calls.
+	Taking bool
 }
 
 const (
