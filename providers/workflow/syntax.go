@@ -253,6 +253,9 @@ func (p *parser) word(name string) node {
 		return literal{math.Inf(1)}
 	}
 	lower := strings.ToLower(name)
+	if lower == "gitea" {
+		lower = "github" // Gitea's other name for it
+	}
 	if !knownContext(lower) {
 		return p.failf("unknown name %q: known are github, env, vars, job, steps, runner, secrets, strategy, matrix, needs and inputs", name)
 	}
