@@ -25,8 +25,9 @@ var ErrInUse = errors.New("state directory in use by another agent")
 // State is what outlives an agent: its identity, its journal and its key.
 //
 //	agent.json   installation id and generation (how many lives it has had)
-//	seal.key     0600; opens the handles in the journal
+//	seal.key     0600; opens the handles in the journal, and safes
 //	jobs/        the journal
+//	safe/        what each Safe holds, sealed
 //	lock         flock, held while an agent lives
 //
 // Runtimes and the audit keep directories of their own beside these.
@@ -36,6 +37,7 @@ type State struct {
 	Generation int64
 
 	journal *journal.Journal
+	key     *seal.Key
 	lock    *os.File
 }
 
@@ -129,7 +131,7 @@ func load(dir string, next bool) (*State, error) {
 	if err != nil {
 		return nil, fmt.Errorf("state: %w", err)
 	}
-	return &State{Dir: dir, Owner: id.Owner, Generation: id.Generation, journal: j}, nil
+	return &State{Dir: dir, Owner: id.Owner, Generation: id.Generation, journal: j, key: key}, nil
 }
 
 // writeFile replaces path so that a crash leaves the old content or the new.
@@ -138,11 +140,15 @@ func writeFile(path string, v any) error {
 	if err != nil {
 		return err
 	}
+	return replace(path, append(b, '\n'))
+}
+
+func replace(path string, b []byte) error {
 	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(append(b, '\n'))
+	_, err = f.Write(b)
 	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
