@@ -151,7 +151,7 @@ func conclude(ctx context.Context, err error) providers.Result {
 	case errors.Is(err, ErrDeadline):
 		return providers.Result{Conclusion: providers.TimedOut, Reason: ErrDeadline.Error()}
 	case errors.Is(err, errSkipped):
-		return providers.Result{Conclusion: providers.Skipped}
+		return providers.Result{Conclusion: providers.Skipped, Reason: errSkipped.Error()}
 	case errors.Is(err, policy.ErrDenied):
 		return providers.Result{Conclusion: providers.Refused, Reason: err.Error()}
 	}
