@@ -17,6 +17,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/providers"
+	"github.com/mayfly-ci/mayfly/providers/gitea/fakegitea"
 	"github.com/mayfly-ci/mayfly/providers/local"
 	"github.com/mayfly-ci/mayfly/runner"
 	"github.com/mayfly-ci/mayfly/runner/audit"
@@ -34,7 +35,7 @@ const crashJob = "crash"
 const crashPolicy = `version: 1
 rules:
   - name: all
-    match: {trust: [local]}
+    match: {trust: [local, branch]}
     runtime: native
     timeout: 2m
     limits: {memory: 256MiB, pids: 64, disk: 64MiB, inodes: 8192, log: 1MiB}
@@ -65,6 +66,10 @@ type scene struct {
 	Dir  string
 
 	Postgres realPostgres
+
+	Forge  string            // URL of the instance, if the kind is gitea
+	forge  *fakegitea.Server // the instance itself, in the test's process
+	silent bool              // the kill came before the journal heard of the task
 }
 
 func newScene(t *testing.T, kind string, lane int) *scene {
@@ -97,6 +102,10 @@ func (s *scene) prepare(t *testing.T) {
 	if out, err := exec.Command("git", "init", "-q", filepath.Join(s.Dir, "repo")).CombinedOutput(); err != nil {
 		t.Fatalf("git init: %v: %s", err, out)
 	}
+	if s.Kind == "gitea" {
+		s.startForge(t)
+		return
+	}
 	last := say + " three"
 	if s.Kind == "kept" {
 		last = "exit 3"
@@ -114,6 +123,9 @@ func (s *scene) prepare(t *testing.T) {
 
 func (s *scene) remove(t *testing.T) {
 	t.Helper()
+	if s.Kind == "gitea" {
+		s.stopForge(t)
+	}
 	if err := os.RemoveAll(s.Dir); err != nil {
 		t.Fatal(err)
 	}
@@ -143,6 +155,13 @@ func (s *scene) config(state *runner.State) (runner.Config, error) {
 	}
 	if s.Kind == "real" {
 		return cfg, s.real(&cfg, state)
+	}
+	if s.Kind == "gitea" {
+		forge, err := s.gitea(state)
+		if err != nil {
+			return cfg, err
+		}
+		cfg.Providers = map[string]providers.Provider{"gitea": forge}
 	}
 	cfg.Runtimes = map[string]sandbox.Runtime{"native": &sandboxtest.Fake{Dir: filepath.Join(s.Dir, "boxes"), Trace: failpoint.Here}}
 	cfg.Issuers = map[string]creds.Issuer{"pg": fileIssuer(filepath.Join(s.Dir, "leases"))}
