@@ -6,8 +6,7 @@
 // but the policy and the providers, and what is not said is the safe choice.
 //
 // A secret is never in the file, only the name of a file that holds it. The
-// examples beside this package, agent.yaml and policy.yaml, are loaded by its
-// tests.
+// examples beside this package are loaded by its tests.
 package configs
 
 import (

@@ -46,6 +46,23 @@ func TestExampleAgent(t *testing.T) {
 	}
 }
 
+func TestExampleGitea(t *testing.T) {
+	t.Parallel()
+	c, err := Load("agent-gitea.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var forge struct {
+		URL       string   `yaml:"url"`
+		Token     string   `yaml:"token_file"`
+		Labels    []string `yaml:"labels"`
+		Ephemeral bool     `yaml:"ephemeral"`
+	}
+	if err := c.Providers["forge"].Decode(&forge); err != nil || c.Providers["forge"].Type != "gitea" || forge.URL == "" || len(forge.Labels) != 2 || !forge.Ephemeral {
+		t.Errorf("provider: got %+v, %v", forge, err)
+	}
+}
+
 func TestExamplePolicy(t *testing.T) {
 	t.Parallel()
 	src, err := os.ReadFile("policy.yaml")

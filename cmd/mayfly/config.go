@@ -12,6 +12,7 @@ import (
 	"github.com/mayfly-ci/mayfly/configs"
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/providers"
+	"github.com/mayfly-ci/mayfly/providers/local"
 	"github.com/mayfly-ci/mayfly/runner"
 	"github.com/mayfly-ci/mayfly/runner/policy"
 )
@@ -47,9 +48,8 @@ func checkNames(cfg *configs.Config, rules *policy.Policy) error {
 	w := &wiring{config: cfg, state: &runner.State{Owner: "config-check"}}
 	defer w.close()
 	errs := []error{w.issuers()} // nothing is connected
-	for _, section := range cfg.Providers {
-		_, err := localConfig(section)
-		errs = append(errs, err)
+	for name, section := range cfg.Providers {
+		errs = append(errs, w.checkProvider(name, section))
 	}
 	for _, section := range cfg.Runtimes {
 		_, err := nativeConfig(section, false)
@@ -70,6 +70,16 @@ func checkNames(cfg *configs.Config, rules *policy.Policy) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// checkProvider makes no spool, as the agent would.
+func (w *wiring) checkProvider(name string, section configs.Section) error {
+	if section.Type == local.Name {
+		_, err := localConfig(section)
+		return err
+	}
+	_, err := w.provider(name, section)
+	return err
 }
 
 // jobFile is what "policy explain" reads: the facts that rules are about.

@@ -13,6 +13,7 @@ import (
 	"github.com/rs/zerolog"
 	"golang.org/x/sys/unix"
 
+	"github.com/mayfly-ci/mayfly/providers"
 	"github.com/mayfly-ci/mayfly/runner/policy"
 	"github.com/mayfly-ci/mayfly/sandbox"
 )
@@ -123,10 +124,27 @@ func (w *wiring) examine() []finding {
 		fs = append(fs, f)
 	}
 	for _, name := range slices.Sorted(maps.Keys(w.agent.Providers)) {
-		fs = append(fs, finding{"provider " + name, "configured", stateOK, ""})
+		fs = append(fs, examineProvider(ctx, name, w.agent.Providers[name]))
 	}
 	fs = append(fs, finding{"policy", w.policyFile, stateOK, w.agent.Policy.Digest()})
 	return append(fs, w.examineState()...)
+}
+
+// examineProvider asks a service that can be asked without taking a job.
+func examineProvider(ctx context.Context, name string, p providers.Provider) finding {
+	checker, ok := p.(interface {
+		Check(ctx context.Context) (string, error)
+	})
+	if !ok {
+		return finding{"provider " + name, "configured", stateOK, ""}
+	}
+	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
+	defer cancel()
+	detail, err := checker.Check(ctx)
+	if err != nil {
+		return finding{"provider " + name, "reachable", stateMissing, err.Error()}
+	}
+	return finding{"provider " + name, "reachable", stateOK, detail}
 }
 
 func examineRuntime(ctx context.Context, name string, r sandbox.Runtime) []finding {

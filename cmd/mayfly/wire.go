@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/rs/zerolog"
 
@@ -14,6 +15,7 @@ import (
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/creds/postgres"
 	"github.com/mayfly-ci/mayfly/providers"
+	"github.com/mayfly-ci/mayfly/providers/gitea"
 	"github.com/mayfly-ci/mayfly/providers/local"
 	"github.com/mayfly-ci/mayfly/runner"
 	"github.com/mayfly-ci/mayfly/runner/audit"
@@ -194,11 +196,7 @@ func (w *wiring) record() error {
 func (w *wiring) providers() error {
 	w.agent.Providers = map[string]providers.Provider{}
 	for name, section := range w.config.Providers {
-		c, err := localConfig(section)
-		if err != nil {
-			return exitError{exitUsage, err}
-		}
-		p, err := local.New(c)
+		p, err := w.provider(name, section)
 		if err != nil {
 			return err
 		}
@@ -207,10 +205,56 @@ func (w *wiring) providers() error {
 	return nil
 }
 
-func localConfig(section configs.Section) (local.Config, error) {
-	if section.Type != local.Name {
-		return local.Config{}, section.Errorf("type", "provider %q: this agent has local", section.Type)
+func (w *wiring) provider(name string, section configs.Section) (providers.Provider, error) {
+	switch section.Type {
+	case typeGitea:
+		p, err := w.gitea(name, section)
+		if err != nil {
+			return nil, exitError{exitUsage, err}
+		}
+		return p, nil
+	case local.Name:
+		c, err := localConfig(section)
+		if err != nil {
+			return nil, exitError{exitUsage, err}
+		}
+		return local.New(c)
 	}
+	return nil, exitError{exitUsage, section.Errorf("type", "provider %q: this agent has local and gitea", section.Type)}
+}
+
+const typeGitea = "gitea"
+
+// gitea is one registration at one instance. Nothing is asked.
+func (w *wiring) gitea(name string, section configs.Section) (*gitea.Provider, error) {
+	var own struct {
+		URL       string        `yaml:"url,required"`
+		TokenFile string        `yaml:"token_file"`
+		Name      string        `yaml:"name"`
+		Labels    []string      `yaml:"labels,required"`
+		Ephemeral bool          `yaml:"ephemeral"`
+		RootCA    string        `yaml:"ca_file"`
+		Insecure  bool          `yaml:"insecure"`
+		Poll      time.Duration `yaml:"poll"`
+	}
+	if err := section.Decode(&own); err != nil {
+		return nil, err
+	}
+	c := gitea.Config{
+		URL: own.URL, RootCA: section.Path(own.RootCA), Insecure: own.Insecure, Provider: name, Runner: own.Name,
+		Labels: own.Labels, Ephemeral: own.Ephemeral, Poll: own.Poll, Version: version, Store: w.state.Safe("provider-" + name),
+	}
+	if own.TokenFile != "" {
+		c.Token = func() (creds.Secret, error) { return configs.ReadSecret(section.Path(own.TokenFile)) }
+	}
+	p, err := gitea.New(c)
+	if err != nil {
+		return nil, section.Errorf("", "%w", err)
+	}
+	return p, nil
+}
+
+func localConfig(section configs.Section) (local.Config, error) {
 	var own struct {
 		Dir          string   `yaml:"dir,required"`
 		Labels       []string `yaml:"labels"`
