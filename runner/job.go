@@ -31,6 +31,7 @@ type life struct {
 	provider providers.Provider
 	job      providers.Job
 	out      *stream
+	turn     *turn
 	clock    *stopwatch
 	steps    *steps // nil before there is a box
 }
@@ -38,7 +39,8 @@ type life struct {
 // admit asks the policy, and writes down its answer before anything follows
 // from it.
 func (l *life) admit(ctx context.Context) (policy.Plan, error) {
-	plan, err := l.cfg.Policy.Decide(l.job)
+	rules := l.rules.Load() // once: the plan and its digest are of one policy
+	plan, err := rules.Decide(l.job)
 	if _, ok := l.cfg.Runtimes[plan.Runtime]; err == nil && !ok {
 		err = fmt.Errorf("%w: %s: runtime %q is not configured on this agent", policy.ErrDenied, plan.Rule, plan.Runtime)
 	}
@@ -46,7 +48,7 @@ func (l *life) admit(ctx context.Context) (policy.Plan, error) {
 	err = errors.Join(err, l.audit(ctx, l.log.Job, "job.admit", s.Job, err,
 		"provider", s.Provider, "repository", s.Repository, "ref", s.Ref, "sha", s.SHA, "workflow", s.Workflow,
 		"event", s.Event, "actor", l.job.Actor, "trust", string(l.job.Trust),
-		"policy", l.cfg.Policy.Digest(), "rule", plan.Rule))
+		"policy", rules.Digest(), "rule", plan.Rule))
 	if err != nil {
 		return plan, err
 	}
@@ -58,6 +60,29 @@ func (l *life) admit(ctx context.Context) (policy.Plan, error) {
 		return plan, errSkipped
 	}
 	return plan, nil
+}
+
+// queue waits, claimed and without a slot, while the job's repository has as
+// many jobs running as it may.
+func (l *life) queue(ctx context.Context) error {
+	repository := l.job.Subject.Repository
+	if l.turn.begin(repository) {
+		return nil
+	}
+	quota := strconv.Itoa(l.slots.quota(l.turn.party))
+	err := l.audit(ctx, l.log.Job, "job.wait", l.job.Subject.Job, nil,
+		"provider", l.turn.provider, "repository", repository, "quota", quota)
+	if err != nil {
+		return err
+	}
+	l.out.notice(0, "waiting: "+quota+" jobs of "+repository+" run on this agent, and no more may at once")
+	ctx, cancel := context.WithTimeoutCause(ctx, l.slots.quotas.Patience, fmt.Errorf(
+		"waited %v for other jobs of %s, of which this agent runs %s at once (quotas in its configuration)",
+		l.slots.quotas.Patience, repository, quota))
+	defer cancel()
+	err = l.turn.wait(ctx)
+	l.clock.mark("wait")
+	return err
 }
 
 // spec is the box of the plan.

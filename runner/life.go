@@ -17,7 +17,7 @@ import (
 
 // The life of a job. Windows nest, and each is closed in reverse:
 //
-//	claim ─┬─ admit (policy; holds nothing)
+//	claim ─┬─ admit (policy; holds nothing), and its repository's turn
 //	       ├─ plan intent: the names of all that follows, in one write
 //	       └─ gateway ─┬
 //	                   └─ box ── attach ─┬
@@ -45,16 +45,16 @@ const (
 // returns when nothing of the job is left, or when ctx, which outlives the
 // job's own context, ends. If all that is left is a box that is kept, parted is
 // called first.
-func (a *Agent) live(ctx context.Context, provider string, offer providers.Offer, claimed, parted func()) error {
+func (a *Agent) live(ctx context.Context, t *turn, offer providers.Offer, claimed, parted func()) error {
 	defer claimed()
 	name := newJobName()
-	log, err := a.state.journal.Begin(name, journal.Debt{Kind: kindClaim, Name: name, By: provider})
+	log, err := a.state.journal.Begin(name, journal.Debt{Kind: kindClaim, Name: name, By: t.provider})
 	if err != nil {
 		return err
 	}
 	defer a.enlist(name)()
 
-	l := &life{Agent: a, log: log, provider: a.cfg.Providers[provider], clock: newStopwatch()}
+	l := &life{Agent: a, log: log, provider: a.cfg.Providers[t.provider], turn: t, clock: newStopwatch()}
 	job, err := hold(ctx, l, name, func(ctx context.Context) (providers.Job, grip, error) {
 		job, err := l.provider.Claim(ctx, name, offer)
 		return job, grip{job.Ref, job.ByName}, err
@@ -92,11 +92,14 @@ func (l *life) run(ctx, alive context.Context) (providers.Result, error) {
 	if err != nil {
 		return providers.Result{}, err
 	}
+	l.clock.mark("admit")
+	if err := l.queue(ctx); err != nil {
+		return providers.Result{}, err
+	}
 	deadline := time.Now().Add(plan.Timeout)
 	ctx, cancel := context.WithDeadlineCause(ctx, deadline, ErrDeadline)
 	defer cancel()
 	l.out.limit(plan.LogBytes)
-	l.clock.mark("admit")
 	result, err := l.inBox(ctx, alive, plan, deadline)
 	if err != nil {
 		return providers.Result{}, errors.Join(err, context.Cause(ctx))

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -53,9 +54,6 @@ const (
 // reading only.
 var errPeeked = errors.New("state was opened for reading: an agent owns it")
 
-// errHalted ends a poll because a box will not die.
-var errHalted = errors.New("no new jobs while a box will not die")
-
 // Config is what an agent needs. The maps are keyed by the names that the
 // policy and the journal use.
 type Config struct {
@@ -67,9 +65,10 @@ type Config struct {
 	Audit     audit.Sink
 	Log       zerolog.Logger
 
-	Slots int           // jobs at once; at least 1
-	Keep  int           // boxes of failed jobs that are kept at once, if the policy says so; 0 is none
-	Drain time.Duration // how long the first signal waits for running jobs; 0 is until they end
+	Slots  int           // jobs at once; at least 1
+	Keep   int           // boxes of failed jobs that are kept at once, if the policy says so; 0 is none
+	Drain  time.Duration // how long the first signal waits for running jobs; 0 is until they end
+	Quotas Quotas
 
 	ReleaseTimeout time.Duration // 0 is a minute
 	StuckAfter     time.Duration // 0 is two minutes
@@ -81,13 +80,12 @@ type Config struct {
 type Agent struct {
 	cfg   Config
 	state *State
-	slots chan struct{}
+	slots *slots
+	polls *polls
+	rules atomic.Pointer[policy.Policy] // in force for jobs that are admitted from now on
 
-	mu    sync.Mutex
-	jobs  map[string]bool // that may own something: the reaper keeps off them
-	stuck int             // boxes that will not die: no new jobs while there is one
-	halt  chan struct{}   // closed while stuck > 0
-	freed chan struct{}   // closed while stuck == 0
+	mu   sync.Mutex
+	jobs map[string]bool // that may own something: the reaper keeps off them
 
 	kept keptBoxes
 }
@@ -116,11 +114,8 @@ func New(cfg Config, state *State) (*Agent, error) {
 	orDefault(&cfg.ReleaseTimeout, defaultRelease)
 	orDefault(&cfg.StuckAfter, defaultStuck)
 	orDefault(&cfg.ReapEvery, defaultReap)
-	a := &Agent{
-		cfg: cfg, state: state, slots: make(chan struct{}, cfg.Slots),
-		jobs: map[string]bool{}, halt: make(chan struct{}), freed: make(chan struct{}),
-	}
-	close(a.freed)
+	a := &Agent{cfg: cfg, state: state, slots: newSlots(cfg.Slots, cfg.Quotas), polls: newPolls(cfg.Providers), jobs: map[string]bool{}}
+	a.rules.Store(cfg.Policy)
 	return a, nil
 }
 
@@ -174,15 +169,21 @@ func (a *Agent) Run(drain, kill context.Context) error {
 	return errors.Join(recovered, left.err())
 }
 
-// poll takes offers while there is a free slot, and waits for their jobs.
+// poll asks while there is room for a job, claims what is offered, and waits for
+// the jobs. It asks without a slot: an offer holds nothing, and a service that
+// has no jobs must not keep others from being asked.
 func (a *Agent) poll(ctx, kill context.Context, provider string, done func(), left *errorList) {
 	var jobs sync.WaitGroup
 	defer jobs.Wait()
-	for wait := retryFirst; a.slot(ctx); {
-		offer, err := a.ask(ctx, provider)
+	defer a.polls.doing(provider, pollEnded)
+	for wait := retryFirst; a.slots.room(ctx, provider); a.polls.doing(provider, pollSlot) {
+		a.polls.doing(provider, pollAsk)
+		offer, err := a.cfg.Providers[provider].Poll(ctx)
+		if ctx.Err() == nil {
+			a.polls.answered(provider, err)
+		}
 		if err != nil {
-			<-a.slots
-			if ctx.Err() == nil && !errors.Is(err, errHalted) {
+			if ctx.Err() == nil {
 				a.cfg.Log.Error().Err(err).Str("provider", provider).Dur("retry_in", wait).Msg("poll")
 				pause(ctx, wait)
 				wait = backoff(wait)
@@ -190,16 +191,22 @@ func (a *Agent) poll(ctx, kill context.Context, provider string, done func(), le
 			continue
 		}
 		wait = retryFirst
+		a.polls.doing(provider, pollSlot)
+		turn, ok := a.slots.take(ctx, provider)
+		if !ok {
+			return
+		}
+		a.polls.doing(provider, pollClaim)
 		claimed := make(chan struct{})
 		part := sync.OnceFunc(func() {
-			<-a.slots
+			turn.leave()
 			if a.cfg.Once {
 				done()
 			}
 		})
 		jobs.Go(func() {
 			defer part()
-			err := a.live(kill, provider, offer, sync.OnceFunc(func() { close(claimed) }), part)
+			err := a.live(kill, turn, offer, sync.OnceFunc(func() { close(claimed) }), part)
 			if err != nil {
 				left.add(err)
 				a.cfg.Log.Error().Err(err).Str("provider", provider).Str("offer", offer.ID).Msg("job")
@@ -208,74 +215,6 @@ func (a *Agent) poll(ctx, kill context.Context, provider string, done func(), le
 		})
 		<-claimed // an offer that is not claimed yet would be offered again
 	}
-}
-
-// ask polls, and gives up as soon as a box turns out not to die.
-func (a *Agent) ask(ctx context.Context, provider string) (providers.Offer, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	halt, _ := a.gates()
-	answered, watching := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(watching)
-		select {
-		case <-halt:
-			cancel(errHalted)
-		case <-answered:
-		}
-	}()
-	offer, err := a.cfg.Providers[provider].Poll(ctx)
-	close(answered)
-	<-watching
-	if errors.Is(context.Cause(ctx), errHalted) {
-		err = errHalted // holding an offer holds nothing
-	}
-	return offer, err
-}
-
-func (a *Agent) gates() (halt, freed chan struct{}) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.halt, a.freed
-}
-
-// jam counts a box that will not die, until the function that it returns is
-// called.
-func (a *Agent) jam() func() {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.stuck++; a.stuck == 1 {
-		close(a.halt)
-		a.freed = make(chan struct{})
-	}
-	return func() {
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		if a.stuck--; a.stuck == 0 {
-			close(a.freed)
-			a.halt = make(chan struct{})
-		}
-	}
-}
-
-// slot waits for a free slot, and for boxes that will not die. It returns false
-// when ctx ends.
-func (a *Agent) slot(ctx context.Context) bool {
-	select {
-	case a.slots <- struct{}{}:
-	case <-ctx.Done():
-		return false
-	}
-	_, freed := a.gates()
-	select {
-	case <-freed:
-		if ctx.Err() == nil {
-			return true
-		}
-	case <-ctx.Done():
-	}
-	<-a.slots
-	return false
 }
 
 // enlist tells the reaper that the job may own things; the function that it

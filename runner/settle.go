@@ -51,7 +51,7 @@ func (a *Agent) settle(ctx context.Context, log *journal.Log, out *stream) error
 			out.notice(-1, "the box is not kept: something else of the job cannot be released")
 		case late:
 			if free == nil && owed(log, kindBox) && !a.kept.holds(log.Job) {
-				free = a.jam() // before the service hears that we have a slot
+				free = a.slots.jam() // before the service hears that we have a slot
 			}
 			a.reportLate(ctx, log, out, err)
 		}
