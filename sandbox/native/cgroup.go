@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -196,6 +197,24 @@ func findHierarchy(mountinfo []byte, parent string) (hierarchy, error) {
 	return nil, fmt.Errorf("cgroup: no memory, pids and cpu controllers are mounted: %w", sandbox.ErrUnsupported)
 }
 
+// stepAside moves this process out of dir, if it is in it, into a group below:
+// groups with processes in them give no controllers to others. It is in it if a
+// service manager delegated dir to it.
+func stepAside(dir string) error {
+	procs, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if !slices.Contains(strings.Fields(string(procs)), strconv.Itoa(os.Getpid())) {
+		return nil
+	}
+	own := filepath.Join(dir, "agent")
+	if err := os.Mkdir(own, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return os.WriteFile(filepath.Join(own, "cgroup.procs"), []byte("0"), 0)
+}
+
 // unified makes the parent group of version 2 and turns the controllers on for
 // the groups below it.
 func unified(root, parent string) (hierarchy, error) {
@@ -210,6 +229,11 @@ func unified(root, parent string) (hierarchy, error) {
 	dir := root
 	for _, part := range append([]string{"."}, strings.Split(rest, "/")...) {
 		dir = filepath.Join(dir, part)
+		if dir != root {
+			if err := stepAside(dir); err != nil {
+				return nil, fmt.Errorf("cgroup: %w", err)
+			}
+		}
 		p := filepath.Join(dir, "cgroup.subtree_control")
 		if err := os.WriteFile(p, []byte("+memory +pids +cpu"), 0); err != nil {
 			return nil, fmt.Errorf("cgroup: turn controllers on: %w: %w", err, sandbox.ErrUnsupported)

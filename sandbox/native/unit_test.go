@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -238,6 +239,38 @@ func TestCgroupV2(t *testing.T) {
 	}
 	if n, err := h.kills("recorded"); err != nil || n != 3 {
 		t.Errorf("kills: got %d, %v, want 3", n, err)
+	}
+}
+
+// An agent that a service manager put into the group that it delegated makes
+// room there for the groups of its boxes.
+func TestCgroupV2Delegated(t *testing.T) {
+	t.Parallel()
+	root := tree(t, "cgroup2")
+	unit := root + "/system.slice/mayfly.service"
+	if err := os.MkdirAll(unit+"/agent", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	write := func(path, text string) {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(unit+"/agent/cgroup.procs", "")
+	write(root+"/system.slice/cgroup.procs", "1"+strconv.Itoa(os.Getpid())+"\n") // somebody else
+	write(unit+"/cgroup.procs", "1\n"+strconv.Itoa(os.Getpid())+"\n")
+	if _, err := findHierarchy([]byte("30 1 0:26 / "+root+" rw - cgroup2 cgroup2 rw\n"), "system.slice/mayfly.service/abc"); err != nil {
+		t.Fatal(err)
+	}
+	if got := content(t, unit+"/agent/cgroup.procs"); got != "0" {
+		t.Errorf("the group beside the boxes': got %q, want this process to move there", got)
+	}
+	if got := content(t, unit+"/abc/cgroup.subtree_control"); got != "+memory +pids +cpu" {
+		t.Errorf("controllers: got %q", got)
+	}
+	if _, err := os.Stat(root + "/system.slice/agent"); err == nil {
+		t.Error("a group was made where this process is not")
 	}
 }
 
