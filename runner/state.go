@@ -92,6 +92,10 @@ func take(lock *os.File) error {
 // of it can be listed; nothing can be begun.
 func PeekState(dir string) (*State, error) { return load(dir, false) }
 
+// Owned reports whether this process has the directory, and does not only look
+// at that of a living agent.
+func (s *State) Owned() bool { return s.lock != nil }
+
 // Close gives the directory up.
 func (s *State) Close() error {
 	if s.lock == nil {

@@ -116,7 +116,9 @@ func (w *wiring) runtimes() error {
 			return exitError{exitUsage, fmt.Errorf("sandbox %s: %w", name, err)}
 		}
 		w.agent.Runtimes[name] = runtime
-		w.closers = append(w.closers, runtime.Close)
+		if w.state.Owned() { // else a living agent makes its next box in what Close would remove
+			w.closers = append(w.closers, runtime.Close)
+		}
 	}
 	return nil
 }
