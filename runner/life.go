@@ -290,7 +290,8 @@ func (a *Agent) report(ctx context.Context, log *journal.Log, d journal.Debt, ou
 	if err := a.closeLog(ctx, provider, d, out, result); err != nil && !late {
 		return fmt.Errorf("log: %w", err)
 	}
-	err = a.audit(ctx, log.Job, "job.complete", d.Name, nil, "conclusion", string(result.Conclusion), "reason", result.Reason)
+	err = a.audit(ctx, log.Job, "job.complete", d.Name, nil,
+		"provider", d.By, "conclusion", string(result.Conclusion), "reason", result.Reason)
 	if err != nil {
 		return err
 	}

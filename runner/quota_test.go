@@ -72,7 +72,7 @@ func TestQuota(t *testing.T) {
 		if n := w.made("claim"); n != 3 {
 			t.Errorf("%d claims at first, want one job and the 2 that may wait", n)
 		}
-		if s := a.Status(); s.Busy != 1 || s.Waiting != 2 || s.Slots != 3 {
+		if s := a.Status(); s.Busy != 1 || s.Slots != 3 || s.Providers["ci"].Waiting != 2 || s.Providers["ci"].Working != 1 || s.Providers["ci"].Claimed != 0 {
 			t.Errorf("got %+v, want 1 slot of 3 held and 2 waiting", s)
 		}
 		if n := w.made("box.create"); n != 1 {
@@ -158,7 +158,7 @@ func TestWaitingJobEnds(t *testing.T) {
 				if err := <-done; err != nil {
 					t.Error(err)
 				}
-				if s := a.Status(); s.Busy != 0 || s.Waiting != 0 {
+				if s := a.Status(); s.Busy != 0 || s.Providers["ci"].Waiting+s.Providers["ci"].Working+s.Providers["ci"].Claimed != 0 {
 					t.Errorf("at the end: %+v", s)
 				}
 				cancel(nil)

@@ -251,15 +251,25 @@ func (s *slots) grant(t *turn) {
 	s.running[t.party]++
 }
 
-// count says how many slots are held, how many claimed jobs wait for one, and
-// how many boxes will not die.
-func (s *slots) count() (busy, parked, jammed int) {
+// count says how many slots are held and how many boxes will not die, and adds
+// to each provider where its jobs are.
+func (s *slots) count(of map[string]ProviderStatus) (busy, jammed int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, t := range s.queue {
-		if t.state == waiting {
-			parked++
+	for name, p := range of {
+		p.Claimed = s.pending[name]
+		for _, t := range s.queue {
+			if t.state == waiting && t.provider == name {
+				p.Waiting++
+				p.Claimed--
+			}
 		}
+		for party, n := range s.running {
+			if party.provider == name {
+				p.Working += n
+			}
+		}
+		of[name] = p
 	}
-	return s.busy, parked, s.jammed
+	return s.busy, s.jammed
 }

@@ -11,16 +11,19 @@ import (
 // A Status is what an operator wants to know of a living agent at one moment.
 // What it did is in the audit.
 type Status struct {
-	Policy  string // digest of the policy in force for new jobs
-	Slots   int    // jobs at once
-	Busy    int    // slots that are held
-	Waiting int    // jobs that are claimed and wait for their repository's turn
-	Jammed  int    // boxes that will not die; no jobs are claimed while there is one
-	Polls   map[string]PollStatus
+	Policy    string // digest of the policy in force for new jobs
+	Slots     int    // jobs at once
+	Busy      int    // slots that are held
+	Jammed    int    // boxes that will not die; no jobs are claimed while there is one
+	Providers map[string]ProviderStatus
 }
 
-// A PollStatus is how the asking of one provider goes.
-type PollStatus struct {
+// A ProviderStatus is how the work for one provider goes.
+type ProviderStatus struct {
+	Claimed int // jobs between their claim and their slot, without those that wait
+	Waiting int // jobs that are claimed and wait for their repository's turn
+	Working int // jobs in a box, and until they are reported
+
 	Polls   uint64 // answers, errors included
 	Errors  uint64 // that Poll returned; what a provider retries inside is not seen
 	Failing error  // of the last answer; nil if it was good
@@ -48,21 +51,21 @@ func (d Doing) Ended() bool { return d == pollEnded }
 
 // Status looks at the agent. It may be called at any time.
 func (a *Agent) Status() Status {
-	s := Status{Policy: a.rules.Load().Digest(), Slots: a.slots.total, Polls: a.polls.all()}
-	s.Busy, s.Waiting, s.Jammed = a.slots.count()
+	s := Status{Policy: a.rules.Load().Digest(), Slots: a.slots.total, Providers: a.polls.all()}
+	s.Busy, s.Jammed = a.slots.count(s.Providers)
 	return s
 }
 
 // polls remembers how the asking goes.
 type polls struct {
 	mu sync.Mutex
-	of map[string]PollStatus
+	of map[string]ProviderStatus
 }
 
 func newPolls(of map[string]providers.Provider) *polls {
-	p := &polls{of: map[string]PollStatus{}}
+	p := &polls{of: map[string]ProviderStatus{}}
 	for name := range of {
-		p.of[name] = PollStatus{Doing: pollEnded, Since: time.Now()}
+		p.of[name] = ProviderStatus{Doing: pollEnded, Since: time.Now()}
 	}
 	return p
 }
@@ -87,7 +90,7 @@ func (p *polls) answered(provider string, err error) {
 	p.of[provider] = s
 }
 
-func (p *polls) all() map[string]PollStatus {
+func (p *polls) all() map[string]ProviderStatus {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return maps.Clone(p.of)

@@ -46,6 +46,7 @@ func table() []row {
 		{"sandbox/egress/...", "sandbox/egress creds", "a gateway serves sockets and does not care which runtime made them"},
 		{"runner/audit", "", "a contract; an auditor reads the file without the agent"},
 		{"runner/audit/...", "runner/audit", "the suite of the contract"},
+		{"runner/monitor", "runner runner/audit", "looks at the agent and counts its audit; the agent does not know it"},
 		{"runner/policy", "providers sandbox sandbox/egress creds configs/strict", "pure: types of the contracts, and the decoder that refuses unknown keys"},
 		{"runner/internal/...", "runner/internal/... creds", "the journal knows names and handles, which do not print, and not what they stand for"},
 		{"runner/console", "runner sandbox", "the socket of mayfly shell: what it carries is a runner.Shell"},
@@ -75,9 +76,10 @@ func confinements() []confinement {
 		{"github.com/mdlayher/netlink", "", "sandbox/...", "as nftables"},
 		{"github.com/elastic/go-seccomp-bpf", "sandbox/native/...", "sandbox/native/...", "one runtime writes system call filters"},
 		{"github.com/rs/zerolog", "cmd/mayfly runner test/...", "...", "implementations return errors and do not log"},
+		{"github.com/prometheus/client_golang", "runner/monitor", "", "one package shows metrics"},
 		{"github.com/rogpeppe/go-internal", "", "...", "test scripts"},
 		{"golang.org/x/net", "sandbox/egress/... sandbox/native/... sandbox/netns/... test/...", "...", "DNS messages and packet filters"},
-		{"golang.org/x/sys", "sandbox/native/... sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/internal/... cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
+		{"golang.org/x/sys", "sandbox/native/... sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/internal/... runner/monitor cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
 	}
 }
 
@@ -122,6 +124,7 @@ func TestImportsCanFail(t *testing.T) {
 		{"runner", "sandbox/native", "must not import sandbox/native"},
 		{"runner", "creds/postgres", "must not import creds/postgres"},
 		{"runner/policy", "runner", "must not import runner"},
+		{"runner", "runner/monitor", "must not import runner/monitor"},
 		{"runner/audit", "creds", "must not import creds"},
 		{"configs", "runner", "must not import runner"},
 		{"cmd/mayfly-guest", "sandbox", "must not import sandbox"},
