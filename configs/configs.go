@@ -36,12 +36,14 @@ const defaultKeep = 2
 // A Config is a configuration file. All paths in it are absolute, or relative
 // to the working directory if the name of the file was.
 type Config struct {
-	State  string        // directory of the journal, the audit and the keys
-	Slots  int           // jobs at once, at least 1
-	Keep   int           // boxes of failed jobs that may be kept at once; 0 is none
-	Policy string        // policy file, "" only in a Default
-	Drain  time.Duration // how long the first SIGTERM waits for running jobs; 0 is until they end
-	Log    Log
+	State   string        // directory of the journal, the audit and the keys
+	Slots   int           // jobs at once, at least 1
+	Keep    int           // boxes of failed jobs that may be kept at once; 0 is none
+	Policy  string        // policy file, "" only in a Default
+	Drain   time.Duration // how long the first SIGTERM waits for running jobs; 0 is until they end
+	Log     Log
+	Quotas  Quotas
+	Monitor Monitor
 
 	Providers map[string]Section
 	Runtimes  map[string]Section // the key "sandbox"
@@ -78,6 +80,8 @@ type file struct {
 	Sandbox   map[name]*sectionNode `yaml:"sandbox"`
 	Issuers   map[name]*sectionNode `yaml:"issuers"`
 	Gateway   strict.Node           `yaml:"gateway"`
+	Quotas    *quotasNode           `yaml:"quotas"`
+	Monitor   *monitorNode          `yaml:"monitor"`
 	Log       logNode               `yaml:"log"`
 }
 
@@ -172,6 +176,7 @@ func (c *Config) fill(f file) error {
 		c.Runtimes = runtimes
 	}
 	c.Gateway = Section{node: f.Gateway}
+	errs = append(errs, f.Quotas.fill(&c.Quotas), f.Monitor.fill(&c.Monitor))
 	return strict.Join(errs...)
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/runner"
 	"github.com/mayfly-ci/mayfly/runner/console"
+	"github.com/mayfly-ci/mayfly/runner/monitor"
 	"github.com/mayfly-ci/mayfly/sandbox"
 )
 
@@ -19,14 +20,26 @@ func runAgent(c *call) error {
 	if err != nil {
 		return err
 	}
+	hangups := make(chan os.Signal, 1) // two that come together are one
+	signal.Notify(hangups, syscall.SIGHUP)
+	defer signal.Stop(hangups)
+	sd := newNotifier()
 	w, err := wire(o.config, c.stderr)
 	if err != nil {
 		return err
 	}
 	defer w.close()
+	if err := w.checkGrants(w.agent.Policy); err != nil {
+		return exitError{exitUsage, err}
+	}
+	record := monitor.NewRecord(w.agent.Audit)
+	w.agent.Audit = record
 	agent, err := runner.New(w.agent, w.state)
 	if err != nil {
 		return exitError{exitUsage, err}
+	}
+	if err := w.serve(agent, record); err != nil {
+		return err
 	}
 	drain, kill, stop := signals(context.Background())
 	defer stop()
@@ -41,7 +54,13 @@ func runAgent(c *call) error {
 	w.agent.Log.Info().Str("version", version).Str("installation", w.state.Owner).
 		Int64("generation", w.state.Generation).Int("slots", w.agent.Slots).
 		Str("policy", w.agent.Policy.Digest()).Msg("agent")
-	return agent.Run(drain, kill)
+	ctx, end := context.WithCancel(context.Background())
+	var attending sync.WaitGroup
+	attending.Go(func() { w.attend(ctx, drain, agent, sd, hangups) })
+	err = agent.Run(drain, kill)
+	end()
+	attending.Wait()
+	return err
 }
 
 // shells serves "mayfly shell" until the function that it returns is called.

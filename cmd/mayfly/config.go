@@ -55,8 +55,14 @@ func checkNames(cfg *configs.Config, rules *policy.Policy) error {
 		_, err := nativeConfig(section, false)
 		errs = append(errs, err)
 	}
-	_, err := gatewayConfig(cfg.Gateway)
-	errs = append(errs, err)
+	_, gerr := gatewayConfig(cfg.Gateway)
+	_, qerr := quotasOf(cfg.Quotas)
+	return errors.Join(append(errs, gerr, qerr, w.checkGrants(rules))...)
+}
+
+// checkGrants lets the issuers judge what the policy would have them asked for.
+func (w *wiring) checkGrants(rules *policy.Policy) error {
+	var errs []error
 	for _, g := range rules.Grants() {
 		issuer, ok := w.agent.Issuers[g.Issuer]
 		if !ok {

@@ -127,7 +127,7 @@ func (w *wiring) examine() []finding {
 		fs = append(fs, examineProvider(ctx, name, w.agent.Providers[name]))
 	}
 	fs = append(fs, finding{"policy", w.policyFile, stateOK, w.agent.Policy.Digest()})
-	return append(fs, w.examineState()...)
+	return slices.Concat(fs, w.examineState(), w.examineSlots(), w.examineMonitor())
 }
 
 // examineProvider asks a service that can be asked without taking a job.

@@ -31,7 +31,7 @@ func TestMain(m *testing.M) {
 // guest (make guest); what a script makes stays below $WORK.
 //
 // Beside the commands of testscript, scripts have: code, eventually, nobody,
-// flip and database, each explained below.
+// flip, database, freeport and canary, each explained below.
 func TestScript(t *testing.T) {
 	t.Parallel()
 	if os.Geteuid() != 0 {
@@ -47,6 +47,7 @@ func TestScript(t *testing.T) {
 		Setup:               setup,
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"code": code, "eventually": eventually, "nobody": nobody, "flip": flip, "database": database,
+			"freeport": freeport, "canary": canary,
 		},
 	})
 }

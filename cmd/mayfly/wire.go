@@ -89,6 +89,9 @@ func wireWith(path string, stderr io.Writer, open func(string) (*runner.State, e
 	}
 	w.closers = append(w.closers, w.state.Close)
 	w.agent.Slots, w.agent.Keep, w.agent.Drain = c.Slots, c.Keep, c.Drain
+	if w.agent.Quotas, err = quotasOf(c.Quotas); err != nil {
+		return nil, exitError{exitUsage, err}
+	}
 	if err := errors.Join(w.parts(), w.record(), w.providers()); err != nil {
 		return nil, err
 	}
@@ -172,6 +175,9 @@ func (w *wiring) gateway() error {
 	if err != nil {
 		return exitError{exitUsage, err}
 	}
+	if own, ok := w.config.Monitor.AddrPort(); ok {
+		c.Never = append(c.Never, own) // also for "mayfly exec" beside the agent
+	}
 	w.agent.Gateway, err = gateway.New(c)
 	return err
 }
@@ -185,8 +191,10 @@ func gatewayConfig(section configs.Section) (gateway.Config, error) {
 	return gateway.Config{Names: own.Names, Conns: own.Conns}, err
 }
 
+func (w *wiring) auditDir() string { return filepath.Join(w.state.Dir, "audit") }
+
 func (w *wiring) record() error {
-	record, err := audit.OpenFile(filepath.Join(w.state.Dir, "audit"), audit.FileOptions{})
+	record, err := audit.OpenFile(w.auditDir(), audit.FileOptions{})
 	if err != nil {
 		return err
 	}

@@ -130,3 +130,17 @@ func texts[T ~string](list []T) []string {
 	}
 	return out
 }
+
+// A Pattern is a pattern of the policy language on its own, for what is said of
+// repositories outside of a policy: the agent's quotas.
+type Pattern struct{ glob glob }
+
+// ParsePattern reads a pattern as a rule of a policy would.
+func ParsePattern(text string) (Pattern, error) {
+	var p Pattern
+	err := p.glob.UnmarshalText([]byte(text))
+	return p, err
+}
+
+// Match reports whether the pattern stands for the whole of text.
+func (p Pattern) Match(text string) bool { return p.glob.match(text) }
