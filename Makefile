@@ -17,7 +17,7 @@ GUEST := sandbox/guest/bin/mayfly-guest-$(GOARCH)
 
 # Debian packages that the tests, the demo and the benchmark use.
 DEBIAN := bsdutils ca-certificates curl debconf e2fsprogs gcc git iproute2 libc6-dev make nodejs \
-	openssl passwd postgresql python3 runc strace util-linux
+	openssl passwd postgresql python3 runc strace systemd util-linux
 
 # Directories that hold crash tests.
 CRASH := $(addsuffix /...,$(wildcard ./test/crash ./runner))
