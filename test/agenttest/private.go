@@ -33,10 +33,12 @@ exit $?`
 // and runs the tests with namespaces of their own for processes, mounts and the
 // network (which has loopback only), and with empty directories for temporary
 // files, which are on the same disk as ever. The machine's control groups and
-// loop devices are those of all: a World has names of its own there.
-func Main(m *testing.M) {
+// loop devices are those of all: a World has names of its own there. What the
+// tests need to be built beside mayfly is built by with, into the directory that
+// will be /tmp.
+func Main(m *testing.M, with ...func(dir string) error) {
 	if os.Getenv(inside) == "" {
-		os.Exit(outside())
+		os.Exit(outside(with))
 	}
 	if err := loopback(); err != nil {
 		fmt.Fprintln(os.Stderr, "agenttest: loopback:", err)
@@ -45,11 +47,16 @@ func Main(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-func outside() int {
+func outside(with []func(dir string) error) int {
 	runtime.LockOSThread() // the death signal is bound to the thread
 	dir, err := os.MkdirTemp("", "mayfly-agenttest-")
 	if err == nil {
 		err = errors.Join(os.Chmod(dir, 0o777|os.ModeSticky), build(filepath.Join(dir, "mayfly")), copySelf(filepath.Join(dir, "test")))
+	}
+	for _, prepare := range with {
+		if err == nil {
+			err = prepare(dir)
+		}
 	}
 	if err == nil {
 		err = runInside(dir)

@@ -16,7 +16,7 @@ import (
 	"github.com/mayfly-ci/mayfly/test/agenttest"
 )
 
-func TestMain(m *testing.M) { agenttest.Main(m) }
+func TestMain(m *testing.M) { agenttest.Main(m, agenttest.JumpingClock) }
 
 // ends waits for a job and wants it to end so, for that reason.
 func ends(t *testing.T, w *agenttest.World, id string, want providers.Conclusion, reason string) {

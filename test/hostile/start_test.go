@@ -72,7 +72,8 @@ func TestTwoAgentsOnOneState(t *testing.T) {
 // The first SIGTERM waits for what runs and takes nothing new.
 func TestDrain(t *testing.T) {
 	t.Parallel()
-	w := agenttest.New(t, agenttest.Config{})
+	// With a second slot it could take the late job before it hears the signal.
+	w := agenttest.New(t, agenttest.Config{Slots: 1})
 	a := w.Start(t)
 	flow := w.Workflow(t, "long", "      - run: echo begun; sleep 2; echo done\n")
 	id := begins(t, w, flow)
