@@ -228,6 +228,7 @@ func (w *wiring) provider(name string, section configs.Section) (providers.Provi
 		if err != nil {
 			return nil, exitError{exitUsage, err}
 		}
+		c.Provider = name
 		return local.New(c)
 	}
 	return nil, exitError{exitUsage, section.Errorf("type", "provider %q: this agent has local and gitea", section.Type)}

@@ -170,7 +170,7 @@ func fullRef(s string) bool {
 
 // bare is the job as far as it is known without its file.
 func (p *Provider) bare(id string) providers.Job {
-	return providers.Job{Ref: []byte(id), ByName: true, Trust: providers.TrustLocal, Subject: creds.Subject{Provider: Name}}
+	return providers.Job{Ref: []byte(id), ByName: true, Trust: providers.TrustLocal, Subject: creds.Subject{Provider: p.config.Provider}}
 }
 
 // job builds the job from its record alone, so that it is the same each time.
@@ -182,7 +182,7 @@ func (p *Provider) job(rec record) (providers.Job, error) {
 	j := rec.Job
 	job := p.bare(rec.ID)
 	job.Actor = j.Actor
-	job.Subject = creds.Subject{Provider: Name, Repository: j.Repository, Ref: j.Ref, SHA: rec.SHA, Workflow: j.Workflow, Event: j.Event, Job: j.Job}
+	job.Subject = creds.Subject{Provider: p.config.Provider, Repository: j.Repository, Ref: j.Ref, SHA: rec.SHA, Workflow: j.Workflow, Event: j.Event, Job: j.Job}
 	if rec.Bad != "" {
 		return job, bad("%s", rec.Bad)
 	}

@@ -60,6 +60,9 @@ type Config struct {
 	// Dir is the spool. It and its parts are made if they are missing.
 	Dir string
 
+	// Provider is what rules of the policy call this one; "" is Name.
+	Provider string
+
 	// Labels are what runs-on may ask for; a job that asks for another is
 	// refused. None accepts all.
 	Labels []string
@@ -91,6 +94,9 @@ func New(c Config) (*Provider, error) {
 	}
 	if c.Trace == nil {
 		c.Trace = func(string) {}
+	}
+	if c.Provider == "" {
+		c.Provider = Name
 	}
 	root, err := openSpool(c.Dir)
 	if err != nil {

@@ -312,3 +312,21 @@ func TestNewRefuses(t *testing.T) {
 		}
 	}
 }
+
+func TestProviderIsNamedAsConfigured(t *testing.T) {
+	t.Parallel()
+	repo, _ := repository(t, flow("echo"))
+	for configured, want := range map[string]string{"": Name, "builds": "builds"} {
+		spool := t.TempDir()
+		p := open(t, Config{Dir: spool, Provider: configured})
+		submit(t, spool, Job{Repository: repo, Ref: "refs/heads/main", Workflow: ciFile})
+		offer, err := p.Poll(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		job, err := p.Claim(t.Context(), "mf-1", offer)
+		if err != nil || job.Subject.Provider != want {
+			t.Errorf("configured as %q: the policy is asked about provider %q (%v), want %q", configured, job.Subject.Provider, err, want)
+		}
+	}
+}
