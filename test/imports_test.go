@@ -35,7 +35,8 @@ func table() []row {
 		{"providers/...", "providers creds providers/workflow", "a service knows its contract and the workflow syntax, and no box"},
 		{"sandbox", "", "a contract"},
 		{"sandbox/...", "sandbox sandbox/egress sandbox/netns sandbox/guest", "a runtime builds boxes and their network, and knows neither jobs nor policy"},
-		{"sandbox/native", "sandbox sandbox/egress sandbox/netns sandbox/guest sandbox/native/boxinit", "a runtime, and what it makes of the first process of a box"},
+		{"sandbox/kernel", "sandbox", "what runtimes on one kernel share; it knows no runtime"},
+		{"sandbox/native", "sandbox sandbox/egress sandbox/netns sandbox/guest sandbox/kernel sandbox/native/boxinit", "a runtime, and what it makes of the first process of a box"},
 		{"sandbox/native/boxinit", "sandbox/netns", "linked into process 1 of a box, which is small and starts fast: not even the contract"},
 		{"sandbox/guest", "sandbox sandbox/guest/wire", "the agent's end of the stream to a box"},
 		{"sandbox/guest/wire", "", "linked into process 1"},
@@ -79,7 +80,7 @@ func confinements() []confinement {
 		{"github.com/prometheus/client_golang", "runner/monitor", "", "one package shows metrics"},
 		{"github.com/rogpeppe/go-internal", "", "...", "test scripts"},
 		{"golang.org/x/net", "sandbox/egress/... sandbox/native/... sandbox/netns/... test/...", "...", "DNS messages and packet filters"},
-		{"golang.org/x/sys", "sandbox/native/... sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/internal/... runner/monitor cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
+		{"golang.org/x/sys", "sandbox/native/... sandbox/kernel sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/internal/... runner/monitor cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
 	}
 }
 

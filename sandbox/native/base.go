@@ -64,6 +64,10 @@ func baseEtc(dir string) (string, error) {
 	return p, nil
 }
 
+// version names what boxes are built from; raise it when the skeleton of a disk
+// or the files of /etc that are the box's own change.
+const version = "2"
+
 // baseAge is how long what boxes are built from is kept after it was made. It
 // is longer than any job, since a box still reads the /etc that it began with;
 // what is needed after all is made again.

@@ -9,6 +9,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/guest"
+	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 )
 
 // A box is one sandbox that this process made. Put and Get are the client's.
@@ -18,7 +19,7 @@ type box struct {
 	groups  hierarchy
 	process *os.Process
 	dead    chan struct{} // closed when process 1 has been reaped, and everything of the box with it
-	disk    *disk
+	disk    *kernel.Disk
 
 	mu      sync.Mutex
 	sockets sandbox.Sockets // until Attach
@@ -96,9 +97,9 @@ func (b *box) end(ctx context.Context) error {
 	if err == nil {
 		all = errors.Join(all, closeAll([]*os.File{s.TCP, s.DNS, s.Log}))
 	}
-	if b.disk != nil && b.disk.root != nil {
-		all = errors.Join(all, b.disk.discard())
-		b.disk.root = nil
+	if b.disk != nil && b.disk.Root != nil {
+		all = errors.Join(all, b.disk.Discard())
+		b.disk.Root = nil
 	}
 	return all
 }

@@ -8,13 +8,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 )
 
 // A hierarchy is one version of control groups. A box has one directory per
@@ -88,7 +88,7 @@ func (h v1) make(name string, l sandbox.Limits) error {
 // machine, as moving a process does, and the process is in its groups before
 // its first instruction.
 func (h v1) spawn(name string, start func(*syscall.SysProcAttr) error) error {
-	return onThread(func() error {
+	return kernel.OnThread(func() error {
 		for _, d := range h.dirs(name) {
 			if err := os.WriteFile(filepath.Join(d, "tasks"), []byte("0"), 0); err != nil {
 				return fmt.Errorf("cgroup: %w", err)
@@ -98,24 +98,8 @@ func (h v1) spawn(name string, start func(*syscall.SysProcAttr) error) error {
 	})
 }
 
-// onThread calls f on a thread that ends after it. The main thread is not
-// used: it would stay, and the agent's memory is charged to its group.
-func onThread(f func() error) error {
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends here
-		if syscall.Gettid() == syscall.Getpid() {
-			defer runtime.UnlockOSThread()
-			done <- onThread(f) // it cannot be this one again
-			return
-		}
-		done <- f()
-	}()
-	return <-done
-}
-
 func (h v1) kills(name string) (int64, error) {
-	return counter(filepath.Join(h.memory, name, "memory.oom_control"), "oom_kill")
+	return kernel.Counter(filepath.Join(h.memory, name, "memory.oom_control"), "oom_kill")
 }
 
 // v2 is the unified hierarchy.
@@ -147,21 +131,7 @@ func (h v2) spawn(name string, start func(*syscall.SysProcAttr) error) error {
 }
 
 func (h v2) kills(name string) (int64, error) {
-	return counter(filepath.Join(h.parent, name, "memory.events"), "oom_kill")
-}
-
-// counter reads a "key value" line.
-func counter(file, key string) (int64, error) {
-	b, err := os.ReadFile(file)
-	if err != nil {
-		return 0, fmt.Errorf("cgroup: %w", err)
-	}
-	for line := range strings.Lines(string(b)) {
-		if rest, ok := strings.CutPrefix(line, key+" "); ok {
-			return strconv.ParseInt(strings.TrimSpace(rest), 10, 64)
-		}
-	}
-	return 0, fmt.Errorf("cgroup: %s has no %s", file, key)
+	return kernel.Counter(filepath.Join(h.parent, name, "memory.events"), "oom_kill")
 }
 
 // findHierarchy reads a mountinfo file and makes the parent groups.

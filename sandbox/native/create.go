@@ -15,6 +15,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/guest"
+	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 	"github.com/mayfly-ci/mayfly/sandbox/native/boxinit"
 )
 
@@ -35,13 +36,11 @@ const namespaces = unix.CLONE_NEWUSER | unix.CLONE_NEWNS | unix.CLONE_NEWPID | u
 // gives the host's base. Each outside effect comes after the record of the box
 // and is named after it, so Destroy undoes a Create that ended anywhere.
 func (r *Runtime) Create(ctx context.Context, name string, s sandbox.Spec) (sandbox.Sandbox, error) {
-	if err := checkName(name); err != nil {
-		return nil, err
+	limits, err := kernel.Limits(s.Limits, r.cfg.Limits)
+	if err != nil {
+		return nil, fmt.Errorf("native: box %s: %w", name, err)
 	}
-	s.Limits = fill(fitInodes(s.Limits, r.cfg.Limits), r.cfg.Limits)
-	if err := positive(s.Limits); err != nil {
-		return nil, err
-	}
+	s.Limits = limits
 	if s.Image != "" {
 		return nil, fmt.Errorf("native: image %q: boxes have the host's base only: %w", s.Image, sandbox.ErrUnsupported)
 	}
@@ -49,9 +48,9 @@ func (r *Runtime) Create(ctx context.Context, name string, s sandbox.Spec) (sand
 	if err != nil {
 		return nil, fmt.Errorf("native: %w", err)
 	}
-	release, err := r.hold(ctx, name)
+	release, err := r.names.Hold(ctx, name)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("native: %w", err)
 	}
 	defer release()
 	if err := r.record(name, s); err != nil {
@@ -65,16 +64,6 @@ func (r *Runtime) Create(ctx context.Context, name string, s sandbox.Spec) (sand
 		return nil, fmt.Errorf("native: box %s: %w", name, errors.Join(err, b.kill()))
 	}
 	return b, nil
-}
-
-// fitInodes gives a disk that is smaller than the default, and for which nobody
-// said how many files it may hold, no more than fit on it beside their content.
-func fitInodes(l, defaults sandbox.Limits) sandbox.Limits {
-	const fileBytes = 4096 // ext4's unit of allocation
-	if l.Inodes == 0 && l.Disk > 0 {
-		l.Inodes = min(defaults.Inodes, l.Disk/fileBytes)
-	}
-	return l
 }
 
 // A base is what boxes are built from.
@@ -105,7 +94,7 @@ func (r *Runtime) base(ctx context.Context, l sandbox.Limits) (base, error) {
 	if r.cfg.Unprivileged {
 		return base{etc: r.etc}, nil
 	}
-	file, err := template(ctx, dir, l.Disk, l.Inodes)
+	file, err := kernel.Template{Dir: dir, Version: version, Skeleton: boxinit.Skeleton}.Make(ctx, l.Disk, l.Inodes)
 	return base{etc: r.etc, template: file}, err
 }
 
@@ -252,11 +241,11 @@ func (r *Runtime) mounts(b *box, from base, layers []boxinit.Layer) (fds []int, 
 		return nil, fmt.Errorf("user namespace: %w", err)
 	}
 	defer ns.Close() // the mounts have their own
-	if b.disk, err = newDisk(from.template, r.dir(b.name)); err != nil {
+	if b.disk, err = kernel.NewDisk(from.template, r.dir(b.name)); err != nil {
 		return nil, err
 	}
-	fds = append(fds, b.disk.mount)
-	if err := idmap(b.disk.mount, 0, ns); err != nil {
+	fds = append(fds, b.disk.Mount)
+	if err := idmap(b.disk.Mount, 0, ns); err != nil {
 		return fds, fmt.Errorf("disk: %w", err)
 	}
 	for _, l := range layers {

@@ -11,18 +11,17 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 )
 
 // Destroy implements sandbox.Runtime. It works from the name alone, whichever
 // process made the box and however far it came, and may be repeated. The
 // directory goes last, since it is what List reads.
 func (r *Runtime) Destroy(ctx context.Context, name string) error {
-	if err := checkName(name); err != nil {
-		return err
-	}
-	release, err := r.hold(ctx, name)
+	release, err := r.names.Hold(ctx, name)
 	if err != nil {
-		return err
+		return fmt.Errorf("native: %w", err)
 	}
 	defer release()
 	if err := r.destroy(ctx, name); err != nil {
@@ -62,7 +61,7 @@ func (r *Runtime) destroy(ctx context.Context, name string) error {
 			return err
 		}
 		if b.disk != nil {
-			loop = b.disk.loop
+			loop = b.disk.Loop
 		}
 		r.cfg.Trace("native.ended")
 	}
@@ -71,7 +70,7 @@ func (r *Runtime) destroy(ctx context.Context, name string) error {
 	}
 	r.cfg.Trace("native.cleared")
 	if !r.cfg.Unprivileged {
-		if err := gone(ctx, r.dir(name), loop); err != nil {
+		if err := kernel.Gone(ctx, r.dir(name), loop); err != nil {
 			return err
 		}
 	}
@@ -94,7 +93,7 @@ func (r *Runtime) clear(ctx context.Context, name string) error {
 		return r.clearProcess(ctx, name)
 	}
 	for _, dir := range r.groups.dirs(name) {
-		err := poll(ctx, "cgroup "+dir+" is in use", func() (bool, error) {
+		err := kernel.Poll(ctx, "cgroup "+dir+" is in use", func() (bool, error) {
 			err := unix.Rmdir(dir)
 			if err == nil || errors.Is(err, unix.ENOENT) {
 				return true, nil
@@ -153,7 +152,7 @@ func (r *Runtime) clearProcess(ctx context.Context, name string) error {
 	}
 	word, since, _ := strings.Cut(string(b), " ")
 	if pid, err := strconv.Atoi(word); err == nil {
-		err := poll(ctx, "process 1 is alive", func() (bool, error) {
+		err := kernel.Poll(ctx, "process 1 is alive", func() (bool, error) {
 			if now, err := startTime(pid); err != nil || now != since {
 				return true, nil
 			}
@@ -173,7 +172,7 @@ func (r *Runtime) clearProcess(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	err = poll(ctx, "process 1 is alive", func() (bool, error) {
+	err = kernel.Poll(ctx, "process 1 is alive", func() (bool, error) {
 		err := unix.Flock(int(life.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			return false, nil

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 )
 
 // childEnv tells the test binary to play an agent (see child).
@@ -278,7 +279,7 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	if err := poll(ctx, what, func() (bool, error) { return ok(), nil }); err != nil {
+	if err := kernel.Poll(ctx, what, func() (bool, error) { return ok(), nil }); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -26,14 +26,12 @@
 package native
 
 import (
-	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"sync"
 	"time"
@@ -41,6 +39,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 	"github.com/mayfly-ci/mayfly/sandbox/native/boxinit"
 )
 
@@ -88,9 +87,10 @@ type Runtime struct {
 	filter []byte
 	guest  *os.File // sealed
 
+	names kernel.Names // in work
+
 	mu    sync.Mutex
-	boxes map[string]*box          // that this process made
-	busy  map[string]chan struct{} // names in work; closed when free
+	boxes map[string]*box // that this process made
 
 	baseMu  sync.Mutex // held while the base is made
 	etc     string     // the boxes' /etc
@@ -149,8 +149,12 @@ func (c *Config) complete() error {
 	if c.Unprivileged {
 		disk = 1 << 30
 	}
-	c.Limits = fill(c.Limits, sandbox.Limits{Memory: 4 << 30, Pids: 4096, MilliCPU: 2000, Disk: disk, Inodes: 1 << 20})
-	return positive(c.Limits)
+	var err error
+	c.Limits, err = kernel.Limits(c.Limits, sandbox.Limits{Memory: 4 << 30, Pids: 4096, MilliCPU: 2000, Disk: disk, Inodes: 1 << 20})
+	if err != nil {
+		return fmt.Errorf("native: %w", err)
+	}
+	return nil
 }
 
 // groupParent keeps boxes of the same name in different state directories
@@ -158,29 +162,6 @@ func (c *Config) complete() error {
 func (c *Config) groupParent() string {
 	sum := sha256.Sum256([]byte(c.StateDir))
 	return filepath.Join(c.CgroupParent, hex.EncodeToString(sum[:6]))
-}
-
-// fill replaces what is zero in l.
-func fill(l, defaults sandbox.Limits) sandbox.Limits {
-	for _, p := range [][2]*int64{
-		{&l.Memory, &defaults.Memory},
-		{&l.Pids, &defaults.Pids},
-		{&l.MilliCPU, &defaults.MilliCPU},
-		{&l.Disk, &defaults.Disk},
-		{&l.Inodes, &defaults.Inodes},
-	} {
-		if *p[0] == 0 {
-			*p[0] = *p[1]
-		}
-	}
-	return l
-}
-
-func positive(l sandbox.Limits) error {
-	if min(l.Memory, l.Pids, l.Disk, l.Inodes) < 0 || l.MilliCPU < 10 {
-		return fmt.Errorf("native: limits %+v: none may be negative, and the CPU at least 10 thousandths: %w", l, sandbox.ErrUnsupported)
-	}
-	return nil
 }
 
 // New checks the configuration and prepares the state directory. It makes no
@@ -194,7 +175,7 @@ func New(cfg Config) (*Runtime, error) {
 	} else if root && cfg.Unprivileged {
 		return nil, errors.New("native: root does not need the unprivileged option: remove it")
 	}
-	r := &Runtime{cfg: cfg, boxes: map[string]*box{}, busy: map[string]chan struct{}{}}
+	r := &Runtime{cfg: cfg, boxes: map[string]*box{}}
 	for _, d := range []string{"", "boxes", "ids", "base"} {
 		if err := os.MkdirAll(filepath.Join(cfg.StateDir, d), 0o700); err != nil {
 			return nil, fmt.Errorf("native: %w", err)
@@ -242,37 +223,4 @@ func sealed(b []byte) (*os.File, error) {
 		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil
-}
-
-// checkName refuses what the contract does not allow, path tricks included.
-func checkName(name string) error {
-	if !regexp.MustCompile(`^[a-z0-9-]{1,40}$`).MatchString(name) {
-		return fmt.Errorf("native: box name %q is not 1 to 40 bytes of a-z, 0-9 and -", name)
-	}
-	return nil
-}
-
-// hold keeps other calls off a name until the returned function is called.
-func (r *Runtime) hold(ctx context.Context, name string) (func(), error) {
-	for {
-		r.mu.Lock()
-		other, taken := r.busy[name]
-		if !taken {
-			mine := make(chan struct{})
-			r.busy[name] = mine
-			r.mu.Unlock()
-			return func() {
-				r.mu.Lock()
-				defer r.mu.Unlock()
-				delete(r.busy, name)
-				close(mine)
-			}, nil
-		}
-		r.mu.Unlock()
-		select {
-		case <-other:
-		case <-ctx.Done():
-			return nil, fmt.Errorf("native: box %s is in work: %w", name, context.Cause(ctx))
-		}
-	}
 }

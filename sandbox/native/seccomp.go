@@ -9,15 +9,16 @@ import (
 	"github.com/elastic/go-seccomp-bpf/arch"
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
+
+	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 )
 
 // The answers of the filter (seccomp(2)).
 const (
-	retAllow    = unix.SECCOMP_RET_ALLOW
-	retKill     = unix.SECCOMP_RET_KILL_PROCESS
-	retEPERM    = unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM)
-	retENOSYS   = unix.SECCOMP_RET_ERRNO | uint32(unix.ENOSYS)
-	retNoFamily = unix.SECCOMP_RET_ERRNO | uint32(unix.EAFNOSUPPORT)
+	retAllow  = unix.SECCOMP_RET_ALLOW
+	retKill   = unix.SECCOMP_RET_KILL_PROCESS
+	retEPERM  = unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM)
+	retENOSYS = unix.SECCOMP_RET_ERRNO | uint32(unix.ENOSYS)
 )
 
 // Offsets in struct seccomp_data. Both machines are little-endian, so the low
@@ -27,11 +28,6 @@ const (
 	dataArch   = 4
 	dataArgs   = 16
 )
-
-// newNamespaces are the flags of clone(2) that make a namespace. CLONE_NEWTIME
-// is not among them: clone reads its bit as part of the exit signal.
-const newNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC |
-	unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNET
 
 // filter is the system call filter of a box for a Go architecture, as the
 // kernel's sock_filter array. Other architectures of the machine (i386, arm)
@@ -72,10 +68,11 @@ func program(info *arch.Info) []bpf.Instruction {
 	out = append(out,
 		bpf.JumpIf{Cond: bpf.JumpGreaterThan, Val: uint32(newest), SkipFalse: 1},
 		bpf.RetConstant{Val: retENOSYS})
-	for _, c := range conditional() {
-		if n, ok := info.SyscallNames[c.name]; ok {
-			out = append(out, bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: uint32(n), SkipTrue: uint8(len(c.body))})
-			out = append(out, c.body...)
+	for _, r := range kernel.Rules() {
+		if n, ok := info.SyscallNames[r.Name]; ok {
+			decide := body(r)
+			out = append(out, bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: uint32(n), SkipTrue: uint8(len(decide))})
+			out = append(out, decide...)
 		}
 	}
 	for _, r := range ranges(info) {
@@ -90,7 +87,7 @@ func program(info *arch.Info) []bpf.Instruction {
 // ranges are the allowed numbers as closed intervals, ascending.
 func ranges(info *arch.Info) [][2]uint32 {
 	var numbers []uint32
-	for _, name := range allowed() {
+	for _, name := range kernel.Allowed() {
 		if n, ok := info.SyscallNames[name]; ok { // each machine lacks some
 			numbers = append(numbers, uint32(n))
 		}
@@ -107,53 +104,30 @@ func ranges(info *arch.Info) [][2]uint32 {
 	return out
 }
 
-// A rule decides a call by its arguments. Its body always returns.
-type rule struct {
-	name string
-	body []bpf.Instruction
-}
-
-func arg(n uint32) bpf.Instruction { return bpf.LoadAbsolute{Off: dataArgs + 8*n, Size: 4} }
-
-// oneOf allows the values of an argument and answers the others with deny.
-func oneOf(n, deny uint32, values ...uint32) []bpf.Instruction {
-	out := []bpf.Instruction{arg(n)}
-	for _, v := range values {
-		out = append(out, bpf.JumpIf{Cond: bpf.JumpEqual, Val: v, SkipFalse: 1}, bpf.RetConstant{Val: retAllow})
+// body decides a call whose number matched. It always returns.
+func body(r kernel.Rule) []bpf.Instruction {
+	hit, miss := uint32(retAllow), retErrno(r.Errno)
+	out := []bpf.Instruction{arg(r.Arg)}
+	if r.Inner != nil {
+		out = append(out,
+			bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: r.Inner.Value, SkipTrue: 4},
+			arg(r.Inner.Arg),
+			bpf.JumpIf{Cond: bpf.JumpEqual, Val: r.Inner.Required, SkipFalse: 1},
+			bpf.RetConstant{Val: hit},
+			bpf.RetConstant{Val: miss})
 	}
-	return append(out, bpf.RetConstant{Val: deny})
+	if r.Mask != 0 {
+		out = append(out, bpf.ALUOpConstant{Op: bpf.ALUOpAnd, Val: r.Mask})
+	}
+	if r.Except {
+		hit, miss = miss, hit
+	}
+	for _, v := range r.Values {
+		out = append(out, bpf.JumpIf{Cond: bpf.JumpEqual, Val: v, SkipFalse: 1}, bpf.RetConstant{Val: hit})
+	}
+	return append(out, bpf.RetConstant{Val: miss})
 }
 
-// noneOf denies the values of an argument and allows the others.
-func noneOf(n uint32, values ...uint32) []bpf.Instruction {
-	out := []bpf.Instruction{arg(n)}
-	for _, v := range values {
-		out = append(out, bpf.JumpIf{Cond: bpf.JumpEqual, Val: v, SkipFalse: 1}, bpf.RetConstant{Val: retEPERM})
-	}
-	return append(out, bpf.RetConstant{Val: retAllow})
-}
+func arg(n int) bpf.Instruction { return bpf.LoadAbsolute{Off: dataArgs + 8*uint32(n), Size: 4} }
 
-func conditional() []rule {
-	return []rule{
-		{"clone", []bpf.Instruction{
-			arg(0),
-			bpf.JumpIf{Cond: bpf.JumpBitsSet, Val: newNamespaces, SkipFalse: 1},
-			bpf.RetConstant{Val: retEPERM},
-			bpf.RetConstant{Val: retAllow},
-		}},
-		// Its flags are in memory, which a filter cannot read; libraries fall
-		// back to clone.
-		{"clone3", []bpf.Instruction{bpf.RetConstant{Val: retENOSYS}}},
-		{"socket", append([]bpf.Instruction{
-			arg(0),
-			bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.AF_NETLINK, SkipTrue: uint8(len(oneOf(2, retNoFamily, unix.NETLINK_ROUTE)))},
-		}, append(oneOf(2, retNoFamily, unix.NETLINK_ROUTE),
-			oneOf(0, retNoFamily, unix.AF_UNIX, unix.AF_INET, unix.AF_INET6)...)...)},
-		{"socketpair", oneOf(0, retNoFamily, unix.AF_UNIX)},
-		// TIOCSTI and TIOCLINUX type into a terminal; TIOCSETD loads line
-		// disciplines.
-		{"ioctl", noneOf(1, unix.TIOCSTI, unix.TIOCLINUX, unix.TIOCSETD)},
-		// PER_LINUX, PER_LINUX32, each with UNAME26, and the question.
-		{"personality", oneOf(0, retEPERM, 0, 0x8, 0x20000, 0x20008, 0xffffffff)},
-	}
-}
+func retErrno(e unix.Errno) uint32 { return unix.SECCOMP_RET_ERRNO | uint32(e) }

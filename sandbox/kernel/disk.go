@@ -1,4 +1,7 @@
-package native
+// Package kernel is what the runtimes that share this machine's kernel ask of it
+// alike: a sized disk for a box, the system calls that a box may make, threads
+// that pass through namespaces and control groups.
+package kernel
 
 import (
 	"context"
@@ -11,25 +14,20 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
-	"github.com/mayfly-ci/mayfly/sandbox/native/boxinit"
 )
 
 const (
-	// version names what a template holds; raise it when the skeleton or the
-	// options of mkfs change.
-	version = "2"
 	// groupBytes and groupInodes are ext4's units: inodes come in multiples of
 	// a block of them per block group.
 	groupBytes  = 128 << 20
 	groupInodes = 16
 	// journalBytes is the least that ext4 takes, and comes on top of the size.
 	journalBytes = 4 << 20
-	// minDisk leaves room for the skeleton, and ownInodes are what it and the
+	// minDisk leaves room for a skeleton, and ownInodes are what it and the
 	// file system have for themselves.
 	minDisk   = 8 << 20
 	ownInodes = 128
@@ -39,35 +37,44 @@ const (
 	noFlush  = 2
 )
 
-// A disk is the private file system of one box: an unlinked sparse file, as a
+// A Disk is the private file system of one box: an unlinked sparse file, as a
 // loop device, as ext4. All three end with their last user, so nothing of it
 // outlives the box and the agent, whatever ends them.
-type disk struct {
-	loop  int      // number of the loop device
-	mount int      // detached mount, until it is sent to the box
-	root  *os.File // its root directory, to act on the file system
+type Disk struct {
+	Loop  int      // number of the loop device
+	Mount int      // detached mount, until its owner closes it
+	Root  *os.File // its root directory, to act on the file system
 }
 
-// template returns the path of a formatted file of that size, made on first
-// use. No more than the asked inodes are free on it, and fewer by less than a
-// block of them for each group.
-func template(ctx context.Context, dir string, size, inodes int64) (string, error) {
+// A Template says what disks are copied from.
+type Template struct {
+	Dir      string                 // where the formatted files lie, one for each size
+	Version  string                 // another one is another file: raise it with the skeleton
+	Skeleton func(dir string) error // what every disk has from its birth
+}
+
+// options names those of mkfs in the names of templates; raise it with them.
+const options = "2"
+
+// Make returns the path of a formatted file of that size, made on first use. No
+// more than the asked inodes are free on it, and fewer by less than a block of
+// them for each group. A size that is too small is sandbox.ErrUnsupported.
+func (t Template) Make(ctx context.Context, size, inodes int64) (string, error) {
 	groups := (size + journalBytes + groupBytes - 1) / groupBytes
 	per := (inodes + ownInodes) / groups / groupInodes * groupInodes
 	if size < minDisk || per*groups <= ownInodes {
 		return "", fmt.Errorf("disk of %d bytes and %d files: at least %d bytes and %d files: %w",
 			size, inodes, minDisk, (groups+1)*groupInodes, sandbox.ErrUnsupported)
 	}
-	name := fmt.Sprintf("disk-%s-%d-%d.ext4", version, size, inodes)
-	p := filepath.Join(dir, name)
+	p := filepath.Join(t.Dir, fmt.Sprintf("disk-%s.%s-%d-%d.ext4", options, t.Version, size, inodes))
 	if _, err := os.Stat(p); err == nil {
 		return p, nil
 	}
-	work, err := os.MkdirTemp(dir, ".new-")
+	work, err := os.MkdirTemp(t.Dir, ".new-")
 	if err != nil {
 		return "", fmt.Errorf("disk template: %w", err)
 	}
-	err = format(ctx, work, size, per*groups)
+	err = t.format(ctx, work, size, per*groups)
 	if err == nil {
 		err = os.Rename(filepath.Join(work, "disk"), p)
 	}
@@ -82,12 +89,12 @@ func template(ctx context.Context, dir string, size, inodes int64) (string, erro
 // the last minutes and looks past each of them for every new file: 20,000 files
 // made, deleted and made again took 19 s instead of 0.4 s. Inode tables and the
 // journal are left as the holes they are.
-func format(ctx context.Context, work string, size, inodes int64) error {
+func (t Template) format(ctx context.Context, work string, size, inodes int64) error {
 	tree := filepath.Join(work, "tree")
 	if err := os.Mkdir(tree, 0o755); err != nil {
 		return err
 	}
-	if err := boxinit.Skeleton(tree); err != nil {
+	if err := t.Skeleton(tree); err != nil {
 		return err
 	}
 	cmd := exec.CommandContext(ctx, "mkfs.ext4", "-q", "-F", "-b", "4096", "-I", "256", "-m", "0",
@@ -102,8 +109,9 @@ func format(ctx context.Context, work string, size, inodes int64) error {
 	return nil
 }
 
-// newDisk makes a disk from a template. Its file lies, without a name, in dir.
-func newDisk(template, dir string) (*disk, error) {
+// NewDisk makes a disk from a file that Template.Make returned. Its own file
+// lies, without a name, in dir.
+func NewDisk(template, dir string) (*Disk, error) {
 	file, err := os.OpenFile(dir, unix.O_TMPFILE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("disk: file: %w", err)
@@ -117,15 +125,15 @@ func newDisk(template, dir string) (*disk, error) {
 		return nil, fmt.Errorf("disk: %w", err)
 	}
 	defer device.Close() // the file system has its own
-	d := &disk{loop: number, mount: -1}
-	if d.mount, err = mountDisk(device.Name()); err != nil {
+	d := &Disk{Loop: number, Mount: -1}
+	if d.Mount, err = mountDisk(device.Name()); err != nil {
 		return nil, fmt.Errorf("disk: %w", err)
 	}
-	fd, err := unix.Openat(d.mount, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	fd, err := unix.Openat(d.Mount, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("disk: root: %w", err), unix.Close(d.mount))
+		return nil, errors.Join(fmt.Errorf("disk: root: %w", err), unix.Close(d.Mount))
 	}
-	d.root = os.NewFile(uintptr(fd), "disk")
+	d.Root = os.NewFile(uintptr(fd), "disk")
 	return d, nil
 }
 
@@ -223,19 +231,19 @@ func mountDisk(device string) (int, error) {
 	return mount, nil
 }
 
-// discard drops what the box wrote instead of writing it back, and lets go of
-// the disk. The box must be dead.
-func (d *disk) discard() error {
-	err := unix.IoctlSetPointerInt(int(d.root.Fd()), shutdown, noFlush)
+// Discard drops what the box wrote instead of writing it back, and lets go of
+// the root. The box must be dead.
+func (d *Disk) Discard() error {
+	err := unix.IoctlSetPointerInt(int(d.Root.Fd()), shutdown, noFlush)
 	if err != nil {
 		err = fmt.Errorf("disk: discard: %w", err)
 	}
-	return errors.Join(err, d.root.Close())
+	return errors.Join(err, d.Root.Close())
 }
 
-// gone waits until no loop device has a file of dir. number is the device to
+// Gone waits until no loop device has a file of dir. number is the device to
 // look at, or negative to look at all.
-func gone(ctx context.Context, dir string, number int) error {
+func Gone(ctx context.Context, dir string, number int) error {
 	pattern := "/sys/block/loop*/loop/backing_file"
 	if number >= 0 {
 		pattern = strings.Replace(pattern, "*", strconv.Itoa(number), 1)
@@ -247,7 +255,7 @@ func gone(ctx context.Context, dir string, number int) error {
 	if err != nil {
 		return fmt.Errorf("disk: %w", err)
 	}
-	return poll(ctx, "disk: a loop device is in use", func() (bool, error) {
+	return Poll(ctx, "disk: a loop device is in use", func() (bool, error) {
 		files, err := filepath.Glob(pattern)
 		for _, f := range files {
 			backing, err := os.ReadFile(f)
@@ -257,21 +265,4 @@ func gone(ctx context.Context, dir string, number int) error {
 		}
 		return err == nil, err
 	})
-}
-
-// poll asks until done is true, an error, or the end of ctx.
-func poll(ctx context.Context, what string, done func() (bool, error)) error {
-	for wait := 100 * time.Microsecond; ; wait = min(2*wait, 20*time.Millisecond) {
-		ok, err := done()
-		if ok || err != nil {
-			return err
-		}
-		timer := time.NewTimer(wait)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return fmt.Errorf("%s: %w", what, context.Cause(ctx))
-		case <-timer.C:
-		}
-	}
 }

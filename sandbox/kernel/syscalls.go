@@ -1,15 +1,19 @@
-package native
+package kernel
 
-import "strings"
+import (
+	"strings"
 
-// allowed names the system calls that a box may make whatever the arguments.
+	"golang.org/x/sys/unix"
+)
+
+// Allowed names the system calls that a box may make whatever the arguments.
 // It is what builds, servers and language runtimes use. Left out on purpose,
 // beside the administration of the machine: namespaces and mounts (unshare,
 // setns, mount, the fsopen and open_tree families, pivot_root, chroot), bpf,
 // perf_event_open, key rings, io_uring, userfaultfd, ptrace and the other ways
 // into a process (process_vm_*, process_madvise, pidfd_getfd, kcmp), file
 // handles, clocks, fanotify, modify_ldt, and NUMA placement.
-func allowed() []string {
+func Allowed() []string {
 	return strings.Fields(`
 access faccessat faccessat2 alarm arch_prctl brk cachestat capget capset chdir fchdir
 chmod fchmod fchmodat fchmodat2 chown fchown fchownat lchown
@@ -47,4 +51,50 @@ shutdown sigaltstack signalfd signalfd4 splice tee vmsplice sysinfo
 time timer_create timer_delete timer_getoverrun timer_gettime timer_settime
 timerfd_create timerfd_gettime timerfd_settime times umask uname wait4 waitid
 `)
+}
+
+// A Rule decides a call by the lower half of one of its arguments: the kernel
+// looks at no more of those that have rules.
+type Rule struct {
+	Name   string
+	Arg    int        // which argument decides
+	Mask   uint32     // the bits of it that count; 0 is all
+	Values []uint32   // these are allowed and the others are not,
+	Except bool       // or the other way round
+	Errno  unix.Errno // what is not allowed gets
+	Inner  *Inner     // one more value, for which another argument decides
+}
+
+// An Inner allows a value of the argument of its Rule if another argument has
+// one value, and else not.
+type Inner struct {
+	Value    uint32 // of the argument of the Rule
+	Arg      int
+	Required uint32 // of that argument
+}
+
+// newNamespaces are the flags of clone(2) that make a namespace. CLONE_NEWTIME
+// is not among them: clone reads its bit as part of the exit signal.
+const newNamespaces = unix.CLONE_NEWNS | unix.CLONE_NEWCGROUP | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC |
+	unix.CLONE_NEWUSER | unix.CLONE_NEWPID | unix.CLONE_NEWNET
+
+// Rules are the calls that a box may make with some arguments only. None of
+// them is among Allowed.
+func Rules() []Rule {
+	return []Rule{
+		{Name: "clone", Mask: newNamespaces, Values: []uint32{0}, Errno: unix.EPERM},
+		// Its flags are in memory, which a filter cannot read; libraries fall
+		// back to clone.
+		{Name: "clone3", Errno: unix.ENOSYS},
+		{
+			Name: "socket", Values: []uint32{unix.AF_UNIX, unix.AF_INET, unix.AF_INET6}, Errno: unix.EAFNOSUPPORT,
+			Inner: &Inner{Value: unix.AF_NETLINK, Arg: 2, Required: unix.NETLINK_ROUTE},
+		},
+		{Name: "socketpair", Values: []uint32{unix.AF_UNIX}, Errno: unix.EAFNOSUPPORT},
+		// TIOCSTI and TIOCLINUX type into a terminal; TIOCSETD loads line
+		// disciplines.
+		{Name: "ioctl", Arg: 1, Values: []uint32{unix.TIOCSTI, unix.TIOCLINUX, unix.TIOCSETD}, Except: true, Errno: unix.EPERM},
+		// PER_LINUX, PER_LINUX32, each with UNAME26, and the question.
+		{Name: "personality", Values: []uint32{0, 0x8, 0x20000, 0x20008, 0xffffffff}, Errno: unix.EPERM},
+	}
 }
