@@ -38,6 +38,7 @@ func table() []row {
 		{"sandbox/kernel", "sandbox", "what runtimes on one kernel share; it knows no runtime"},
 		{"sandbox/native", "sandbox sandbox/egress sandbox/netns sandbox/guest sandbox/kernel sandbox/native/boxinit", "a runtime, and what it makes of the first process of a box"},
 		{"sandbox/native/boxinit", "sandbox/netns", "linked into process 1 of a box, which is small and starts fast: not even the contract"},
+		{"sandbox/docker", "sandbox sandbox/egress sandbox/netns sandbox/guest sandbox/guest/wire sandbox/kernel", "a runtime; it meets the guest at an address that the protocol knows"},
 		{"sandbox/guest", "sandbox sandbox/guest/wire", "the agent's end of the stream to a box"},
 		{"sandbox/guest/wire", "", "linked into process 1"},
 		{"sandbox/guest/serve", "sandbox/guest/wire", "linked into process 1"},
@@ -70,6 +71,8 @@ type confinement struct {
 
 func confinements() []confinement {
 	return []confinement{
+		{"github.com/docker/docker", "sandbox/docker test/dockertest", "sandbox/docker test/...", "one runtime speaks to a Docker Engine"},
+		{"github.com/containerd/errdefs", "sandbox/docker", "sandbox/docker", "what the errors of that client are made of"},
 		{"github.com/jackc/pgx/v5", "creds/postgres test/...", "creds/postgres runner cmd/mayfly", "one issuer speaks PostgreSQL"},
 		{"github.com/rhysd/actionlint", "providers/workflow", "providers/workflow", "a parser with types of its own: they end at the package that uses it"},
 		{"go.yaml.in/yaml/v4", "configs/strict providers/workflow", "configs/strict", "one way to read YAML; providers/workflow counts aliases with it before it parses"},
@@ -80,7 +83,7 @@ func confinements() []confinement {
 		{"github.com/prometheus/client_golang", "runner/monitor", "", "one package shows metrics"},
 		{"github.com/rogpeppe/go-internal", "", "...", "test scripts"},
 		{"golang.org/x/net", "sandbox/egress/... sandbox/native/... sandbox/netns/... test/...", "...", "DNS messages and packet filters"},
-		{"golang.org/x/sys", "sandbox/native/... sandbox/kernel sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/internal/... runner/monitor cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
+		{"golang.org/x/sys", "sandbox/native/... sandbox/docker sandbox/kernel sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/internal/... runner/monitor cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
 	}
 }
 

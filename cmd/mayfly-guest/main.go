@@ -4,6 +4,7 @@
 //	mayfly-guest serve [EXPIRES]    the stream is descriptor 3
 //	mayfly-guest box                makes the box of the native runtime, then serves
 //	mayfly-guest stdio [EXPIRES]    the stream is descriptors 0 and 1
+//	mayfly-guest listen [EXPIRES]   the stream is the first connection to it
 //
 // EXPIRES is the Unix time, in seconds, at which it exits whatever happens. It
 // exits with 0 when the stream ends, 1 on an error, 2 if it is called wrongly.
@@ -42,6 +43,8 @@ func run(args []string) int {
 		err = serve.OnDescriptor(3, o)
 	case "stdio":
 		err = serve.OnStdio(o)
+	case "listen":
+		err = serve.OnListener(o)
 	default:
 		return usage()
 	}
@@ -52,7 +55,7 @@ func run(args []string) int {
 }
 
 func usage() int {
-	return fail("usage: mayfly-guest box | serve|stdio [EXPIRES]\n", 2)
+	return fail("usage: mayfly-guest box | serve|stdio|listen [EXPIRES]\n", 2)
 }
 
 // fail prints what is wrong. If that cannot be printed there is nobody to read it.

@@ -27,10 +27,8 @@ const (
 	groupInodes = 16
 	// journalBytes is the least that ext4 takes, and comes on top of the size.
 	journalBytes = 4 << 20
-	// minDisk leaves room for a skeleton, and ownInodes are what it and the
-	// file system have for themselves.
-	minDisk   = 8 << 20
-	ownInodes = 128
+	// minDisk leaves room for a skeleton.
+	minDisk = 8 << 20
 	// shutdown is EXT4_IOC_SHUTDOWN, _IOR('X', 125, __u32), and noFlush is
 	// EXT4_GOING_FLAGS_NOLOGFLUSH (fs/ext4/ext4.h).
 	shutdown = 0x8004587D
@@ -51,6 +49,7 @@ type Template struct {
 	Dir      string                 // where the formatted files lie, one for each size
 	Version  string                 // another one is another file: raise it with the skeleton
 	Skeleton func(dir string) error // what every disk has from its birth
+	Own      int64                  // inodes that the file system and the maker of the box take, at least
 }
 
 // options names those of mkfs in the names of templates; raise it with them.
@@ -61,8 +60,8 @@ const options = "2"
 // them for each group. A size that is too small is sandbox.ErrUnsupported.
 func (t Template) Make(ctx context.Context, size, inodes int64) (string, error) {
 	groups := (size + journalBytes + groupBytes - 1) / groupBytes
-	per := (inodes + ownInodes) / groups / groupInodes * groupInodes
-	if size < minDisk || per*groups <= ownInodes {
+	per := (inodes + t.Own) / groups / groupInodes * groupInodes
+	if size < minDisk || per*groups <= t.Own {
 		return "", fmt.Errorf("disk of %d bytes and %d files: at least %d bytes and %d files: %w",
 			size, inodes, minDisk, (groups+1)*groupInodes, sandbox.ErrUnsupported)
 	}
@@ -265,4 +264,12 @@ func Gone(ctx context.Context, dir string, number int) error {
 		}
 		return err == nil, err
 	})
+}
+
+// Detach lets go of the mount, which a box may have by now.
+func (d *Disk) Detach() {
+	if d.Mount >= 0 {
+		_ = unix.Close(d.Mount) // a mount has nothing to write
+		d.Mount = -1
+	}
 }

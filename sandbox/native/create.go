@@ -25,7 +25,9 @@ const (
 	// tmpfsInodes are added to those of an unprivileged box for what it starts
 	// with, and are a little fewer, so that it never may make more than its limit.
 	tmpfsInodes = 100
-	maxFiles    = 1 << 16 // open files of a process, where the agent's own limit allows
+	// ownInodes are those of the file system and of the skeleton.
+	ownInodes = 128
+	maxFiles  = 1 << 16 // open files of a process, where the agent's own limit allows
 )
 
 // namespaces of a box: all that Linux has but time.
@@ -94,7 +96,7 @@ func (r *Runtime) base(ctx context.Context, l sandbox.Limits) (base, error) {
 	if r.cfg.Unprivileged {
 		return base{etc: r.etc}, nil
 	}
-	file, err := kernel.Template{Dir: dir, Version: version, Skeleton: boxinit.Skeleton}.Make(ctx, l.Disk, l.Inodes)
+	file, err := kernel.Template{Dir: dir, Version: version, Skeleton: boxinit.Skeleton, Own: ownInodes}.Make(ctx, l.Disk, l.Inodes)
 	return base{etc: r.etc, template: file}, err
 }
 

@@ -40,6 +40,10 @@ import (
 // they either agree or something is wrong with the installation.
 const Version = 2
 
+// Address is the abstract socket address, in the network namespace of a box, of
+// a guest whose runtime can hand it no descriptor.
+const Address = "@mayfly-guest"
+
 // A Type says what a frame is. The two directions share no type but Grant, so
 // an end that is fed its own output refuses it.
 type Type byte

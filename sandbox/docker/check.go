@@ -1,0 +1,104 @@
+package docker
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/docker/docker/api/types/system"
+
+	"github.com/mayfly-ci/mayfly/sandbox"
+)
+
+// cleanup bounds the destruction of the box that Check makes.
+const cleanup = 10 * time.Second
+
+// Check implements sandbox.Runtime. It makes a box of the configured image, reads
+// a file of it and destroys it. Create looks in the kernel whether the engine
+// did what it was asked, so a runtime that passes enforces all of it.
+func (r *Runtime) Check(ctx context.Context) (claims []sandbox.Claim, err error) {
+	name := sandbox.CheckPrefix + strings.ToLower(rand.Text())
+	var info system.Info
+	if err := r.reach(ctx); err != nil {
+		return nil, fmt.Errorf("docker: check: %w", err)
+	}
+	if info, err = r.engine.Info(ctx); err != nil {
+		return nil, fmt.Errorf("docker: check: %w", err)
+	}
+	if missing := unlimited(info); len(missing) > 0 {
+		return missing, fmt.Errorf("docker: the daemon cannot limit containers, and boxes without limits are not made: %w", sandbox.ErrUnsupported)
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
+		defer cancel()
+		err = errors.Join(err, r.Destroy(ctx, name))
+	}()
+	b, err := r.Create(ctx, name, sandbox.Spec{
+		Labels:  sandbox.Labels{Owner: r.cfg.Owner},
+		Expires: time.Now().Add(time.Minute),
+	})
+	if err != nil {
+		return nil, err
+	}
+	if _, err := b.Get(ctx, "/etc/resolv.conf", 4096); err != nil {
+		return nil, fmt.Errorf("docker: check: %w", err)
+	}
+	uid, _, err := b.(*box).process.root()
+	if err != nil {
+		return nil, fmt.Errorf("docker: check: %w", err)
+	}
+	return r.claims(info, uid), nil
+}
+
+// unlimited are the claims that do not hold because the daemon has no control
+// groups, as one without root on version 1.
+func unlimited(info system.Info) []sandbox.Claim {
+	const what = "not enforced by this daemon (%s): run one as root, with control groups"
+	why := fmt.Sprintf(what, "cgroup driver "+info.CgroupDriver+" "+info.CgroupVersion)
+	var out []sandbox.Claim
+	for _, c := range []struct {
+		name string
+		has  bool
+	}{{"memory limit", info.MemoryLimit}, {"cpu limit", info.CPUCfsQuota}, {"process limit", info.PidsLimit}} {
+		if !c.has || info.CgroupDriver == "none" {
+			out = append(out, sandbox.Claim{Name: c.name, Detail: why})
+		}
+	}
+	return out
+}
+
+func (r *Runtime) claims(info system.Info, uid int) []sandbox.Claim {
+	about := fmt.Sprintf("Docker %s, %s", info.ServerVersion, info.Driver)
+	groups := fmt.Sprintf("control groups version %s, seen in the kernel for each box", info.CgroupVersion)
+	ids := sandbox.Claim{Name: "user id range", Detail: "root of a box is root outside, without its capabilities: start the daemon with userns-remap"}
+	if uid != 0 {
+		ids.Enforced = true
+		ids.Detail = fmt.Sprintf("a user namespace from id %d, one for all boxes of the daemon", uid)
+	}
+	life := "a restart of the daemon ends the boxes: live-restore in its configuration keeps them"
+	if info.LiveRestoreEnabled {
+		life = "boxes survive a restart of the daemon"
+	}
+	how := "seccomp allow-list, socket families included"
+	if slices.Contains(info.SecurityOptions, "name=apparmor") {
+		how += "; and AppArmor"
+	}
+	return []sandbox.Claim{
+		{Name: "engine", Enforced: true, Detail: about + "; " + life},
+		{Name: "namespaces", Enforced: true, Detail: "mount, pid, network, ipc, uts and cgroup namespaces of its own"},
+		{Name: "privileges", Enforced: true, Detail: "eight capabilities, no_new_privs"},
+		{Name: "system calls", Enforced: true, Detail: how},
+		{Name: "network", Enforced: true, Detail: "loopback only; nothing leaves but through the agent's sockets"},
+		{Name: "expiry", Enforced: true, Detail: "the guest ends at the deadline and when the agent is gone"},
+		{Name: "memory limit", Enforced: true, Detail: groups},
+		{Name: "cpu limit", Enforced: true, Detail: groups},
+		{Name: "process limit", Enforced: true, Detail: groups},
+		{Name: "disk limit", Enforced: true, Detail: "the image below a file system of that size and number of files per box"},
+		ids,
+		{Name: "base", Enforced: true, Detail: "the image " + r.cfg.Image + ", copy-on-write"},
+	}
+}

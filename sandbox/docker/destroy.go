@@ -1,0 +1,128 @@
+package docker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/client"
+
+	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/kernel"
+)
+
+// Destroy implements sandbox.Runtime. It works from the name alone, whichever
+// process made the box and however far it came, and may be repeated. What runs
+// is killed whether or not the daemon is there; for the rest a daemon that is
+// away is waited for until ctx ends. The directory goes last: it was the first
+// thing made.
+func (r *Runtime) Destroy(ctx context.Context, name string) error {
+	release, err := r.names.Hold(ctx, name)
+	if err != nil {
+		return fmt.Errorf("docker: %w", err)
+	}
+	defer release()
+	if err := r.destroy(ctx, name); err != nil {
+		return fmt.Errorf("docker: destroy box %s: %w", name, err)
+	}
+	return nil
+}
+
+func (r *Runtime) destroy(ctx context.Context, name string) error {
+	r.mu.Lock()
+	b := r.boxes[name]
+	r.mu.Unlock()
+	loop := -1
+	if b != nil {
+		if err := b.end(ctx); err != nil {
+			return err
+		}
+		if b.disk != nil {
+			loop = b.disk.Loop
+		}
+		r.cfg.Trace("docker.ended")
+	}
+	if err := r.remove(ctx, name); err != nil {
+		return err
+	}
+	r.cfg.Trace("docker.removed")
+	if err := kernel.Gone(ctx, r.dir(name), loop); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(r.dir(name)); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	delete(r.boxes, name)
+	r.mu.Unlock()
+	return nil
+}
+
+// remove removes the container, with all that the engine made for it, and waits
+// until it is gone.
+func (r *Runtime) remove(ctx context.Context, name string) error {
+	_, err := os.Stat(r.dir(name))
+	known := err == nil
+	_, err = os.Stat(filepath.Join(r.dir(name), answered))
+	settled := !known || err == nil
+	var last error
+	err = kernel.Poll(ctx, "remove the container", func() (bool, error) {
+		var gone bool
+		gone, last = r.removeOnce(ctx, name)
+		if gone && !settled {
+			settled, last = r.settle(ctx, name)
+			gone = settled
+		}
+		// Without a directory there is nothing of ours that List did not
+		// show, and it shows nothing while the daemon is away.
+		return gone || !known && client.IsErrConnectionFailed(last), nil
+	})
+	if err != nil {
+		return errors.Join(err, last)
+	}
+	return nil
+}
+
+// removeOnce reports whether there is no container of ours with that name. An
+// error is worth another try: the daemon is away or busy with the container.
+func (r *Runtime) removeOnce(ctx context.Context, name string) (gone bool, err error) {
+	c, err := r.engine.ContainerInspect(ctx, name)
+	if errdefs.IsNotFound(err) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	if c.Config == nil || c.Config.Labels[labelRuntime] != r.id {
+		return true, nil // somebody else's: it was in the way of Create
+	}
+	err = r.engine.ContainerRemove(ctx, c.ID, container.RemoveOptions{Force: true, RemoveVolumes: true})
+	if errdefs.IsNotFound(err) {
+		return true, nil
+	}
+	return err == nil, err
+}
+
+// settle makes sure that the engine is not about to make the container: it may
+// be, if the agent ended while it asked for it. A name that it gives to us is no
+// other's.
+func (r *Runtime) settle(ctx context.Context, name string) (bool, error) {
+	rec := r.recorded(name)
+	if rec.Image == "" {
+		return true, nil // nothing was asked for before the record was finished
+	}
+	spec := sandbox.Spec{Labels: rec.Labels, Image: rec.Image, Limits: r.cfg.Limits, Expires: time.Unix(1, 0)}
+	_, err := r.engine.ContainerCreate(ctx, r.config(spec), r.hostConfig(spec), nil, nil, name)
+	switch {
+	case err == nil:
+		return r.removeOnce(ctx, name)
+	case errdefs.IsNotFound(err):
+		return true, nil // no image, no container
+	}
+	return false, err // in the way is the container, half made
+}

@@ -1,0 +1,196 @@
+// Package docker makes boxes of containers of a Docker Engine on this machine,
+// over engine API 1.41 or newer.
+//
+// The engine gives what it is good at: an image as the root, namespaces,
+// capabilities, a system call filter and control groups, each of which is looked
+// at in the kernel before the box is used. What it cannot give comes from the
+// agent, which enters the namespaces of the container by its process 1, while
+// that is an idle guest: the loopback-only network and its sockets, and a root
+// that is an overlay of the image over a disk of the plan's size, so that one
+// limit covers all that a job writes (ADR 0011). Nothing of the host is mounted
+// in the box; the socket of the engine is not, and no option makes it so.
+//
+// The stream to the guest is an abstract socket in the network namespace of the
+// container. It passes no engine: a step costs no round trip to one, and a job
+// survives the restart of a daemon that keeps its containers (live-restore).
+// Otherwise the daemon kills them when it comes back, and the box is
+// sandbox.ErrDied. The guest ends when the stream ends, so the death of the
+// agent ends what runs, whatever the daemon does.
+//
+// The daemon must be on this machine, in its pid namespace, and see the state
+// directory at the same path. Images are never pulled: one that is not there is
+// sandbox.ErrUnsupported. The engine's variables of the environment are not
+// read.
+//
+// The client is github.com/docker/docker/client, of the owner's choice. That
+// module is frozen at v28, and its successor's parts (github.com/moby/moby/client)
+// speak the same API: moving is a change of imports in this package, which is
+// the only one that has it.
+package docker
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/docker/docker/client"
+
+	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/kernel"
+)
+
+// DefaultHost is where a daemon listens if nobody says otherwise.
+const DefaultHost = "unix:///var/run/docker.sock"
+
+// A Config says how boxes are made. StateDir, Owner, Guest and Image are
+// required; zero values of the rest are the defaults.
+type Config struct {
+	// StateDir is an absolute directory of the runtime's own, on a file system
+	// with sparse and unnamed files (ext4, xfs, btrfs). Disks live in it, and
+	// the daemon must see it at the same path.
+	StateDir string
+	// Owner is the installation, on the label of every container.
+	Owner string
+	// Guest is the guest program (guest.Binary).
+	Guest []byte
+	// Host is the socket of the daemon, "unix:///path". The default is DefaultHost.
+	Host string
+	// Image is that of boxes whose Spec has none: a tag, a digest or an id.
+	Image string
+	// Runtime names an OCI runtime of the daemon that runs processes on the
+	// kernel of this machine, as runc does. The default is the daemon's.
+	Runtime string
+	// Limits are the defaults of a Spec. What is zero here is 4 GiB of memory,
+	// 4096 processes, 2 cores, 10 GiB and a million files.
+	Limits sandbox.Limits
+	// Trace is called between outside effects, for crash tests.
+	Trace func(point string)
+}
+
+// Runtime makes boxes. It implements sandbox.Runtime and may be used by
+// several goroutines.
+type Runtime struct {
+	cfg     Config
+	engine  *client.Client
+	program string // file name of the guest
+	profile string // seccomp
+	id      string // on the label of every container of this state directory
+
+	names kernel.Names // in work
+
+	mu    sync.Mutex
+	boxes map[string]*box // that this process made
+
+	templates sync.Mutex // held while one is made
+}
+
+var _ sandbox.Runtime = (*Runtime)(nil)
+
+func (c *Config) complete() error {
+	if c.Host == "" {
+		c.Host = DefaultHost
+	}
+	socket, local := strings.CutPrefix(c.Host, "unix://")
+	switch {
+	case !filepath.IsAbs(c.StateDir):
+		return fmt.Errorf("docker: state directory %q is not absolute", c.StateDir)
+	case c.Owner == "":
+		return errors.New("docker: owner is empty")
+	case len(c.Guest) == 0:
+		return errors.New("docker: guest program is empty")
+	case !local || !filepath.IsAbs(socket):
+		return fmt.Errorf("docker: host %q: the agent must enter its containers, so the daemon must be on this machine: write unix:///path/of/the/socket: %w", c.Host, sandbox.ErrUnsupported)
+	case c.Image == "":
+		return errors.New("docker: no image: name the one that boxes have if a rule names none")
+	}
+	c.StateDir = filepath.Clean(c.StateDir)
+	if c.Trace == nil {
+		c.Trace = func(string) {}
+	}
+	var err error
+	c.Limits, err = kernel.Limits(c.Limits, sandbox.Limits{Memory: 4 << 30, Pids: 4096, MilliCPU: 2000, Disk: 10 << 30, Inodes: 1 << 20})
+	if err != nil {
+		return fmt.Errorf("docker: %w", err)
+	}
+	return nil
+}
+
+// New checks the configuration and prepares the state directory. It asks the
+// daemon nothing.
+func New(cfg Config) (*Runtime, error) {
+	if err := cfg.complete(); err != nil {
+		return nil, err
+	}
+	if os.Geteuid() != 0 {
+		return nil, fmt.Errorf("docker: not root: run the agent as root, it enters the namespaces of its containers: %w", sandbox.ErrUnsupported)
+	}
+	sum := sha256.Sum256([]byte(cfg.StateDir))
+	r := &Runtime{cfg: cfg, boxes: map[string]*box{}, id: hex.EncodeToString(sum[:6])}
+	for _, d := range []string{"boxes", "base", "guest"} {
+		if err := os.MkdirAll(filepath.Join(cfg.StateDir, d), 0o700); err != nil {
+			return nil, fmt.Errorf("docker: %w", err)
+		}
+	}
+	var err error
+	if r.program, err = install(filepath.Join(cfg.StateDir, "guest"), cfg.Guest); err != nil {
+		return nil, fmt.Errorf("docker: guest program: %w", err)
+	}
+	r.cfg.Guest = nil // the file has it now
+	if r.profile, err = profile(runtime.GOARCH); err != nil {
+		return nil, fmt.Errorf("docker: system call filter: %w", err)
+	}
+	r.engine, err = client.NewClientWithOpts(client.WithHost(cfg.Host), client.WithAPIVersionNegotiation())
+	if err != nil {
+		return nil, fmt.Errorf("docker: %w", err)
+	}
+	return r, nil
+}
+
+// guestAge is how long the guest of another build is kept: longer than any two
+// builds of one installation run side by side.
+const guestAge = 7 * 24 * time.Hour
+
+// install writes the program to dir, which boxes see read-only until they have
+// begun, and removes old ones. Its name is made of its content.
+func install(dir string, program []byte) (name string, err error) {
+	sum := sha256.Sum256(program)
+	name = "mayfly-guest-" + hex.EncodeToString(sum[:6])
+	work, err := os.MkdirTemp(dir, ".new-")
+	if err != nil {
+		return "", err
+	}
+	// Always anew: what lies there may be half of a crash's, and is as young as
+	// its last use.
+	file := filepath.Join(work, name)
+	err = errors.Join(os.WriteFile(file, program, 0o555), os.Chmod(file, 0o555), os.Chmod(dir, 0o755))
+	if err == nil {
+		err = os.Rename(file, filepath.Join(dir, name))
+	}
+	entries, readErr := os.ReadDir(dir)
+	err = errors.Join(err, readErr, os.Remove(work))
+	for _, e := range entries {
+		if st, infoErr := e.Info(); infoErr == nil && e.Name() != name && time.Since(st.ModTime()) > guestAge {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name())))
+		}
+	}
+	return name, err
+}
+
+// template is the file that disks of that size are copied from.
+func (r *Runtime) template(ctx context.Context, l sandbox.Limits) (string, error) {
+	r.templates.Lock()
+	defer r.templates.Unlock()
+	t := kernel.Template{Dir: filepath.Join(r.cfg.StateDir, "base"), Version: "docker1", Skeleton: skeleton, Own: ownInodes}
+	return t.Make(ctx, l.Disk, l.Inodes)
+}
+
+// Close lets go of the connections to the daemon. Boxes are not touched.
+func (r *Runtime) Close() error { return r.engine.Close() }

@@ -1,0 +1,147 @@
+package docker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/kernel"
+)
+
+// A process is process 1 of a container. The descriptor names it for ever; its
+// number may become another's when it has ended.
+type process struct {
+	pid int
+	fd  int // pidfd
+}
+
+// findProcess opens the process with that number and makes sure that it is the
+// container's: the daemon may count in another pid namespace than ours, or on
+// another machine.
+func findProcess(pid int, id string) (*process, error) {
+	if pid <= 1 {
+		return nil, fmt.Errorf("process 1 has ended: %w", sandbox.ErrDied)
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err == nil {
+		unix.CloseOnExec(fd)
+	}
+	var groups []byte
+	if err == nil {
+		groups, err = os.ReadFile(proc(pid, "cgroup"))
+	}
+	p := &process{pid, fd}
+	if err == nil && p.ended() {
+		return nil, errors.Join(fmt.Errorf("process 1 has ended: %w", sandbox.ErrDied), p.close())
+	}
+	if err != nil || !strings.Contains(string(groups), id) {
+		return nil, errors.Join(fmt.Errorf("process %d of container %.12s is not in our /proc: the daemon is on another machine or has a pid namespace of its own: %w", pid, id, sandbox.ErrUnsupported), err, p.close())
+	}
+	return p, nil
+}
+
+func proc(pid int, parts ...string) string {
+	return filepath.Join(append([]string{"/proc", strconv.Itoa(pid)}, parts...)...)
+}
+
+// ended reports that the process is gone, and so all that ran in the container:
+// the kernel lets process 1 go last.
+func (p *process) ended() bool {
+	fds := []unix.PollFd{{Fd: int32(p.fd), Events: unix.POLLIN}}
+	n, err := unix.Poll(fds, 0)
+	return err == nil && n == 1
+}
+
+// kill ends the process at once. It does not wait.
+func (p *process) kill() error {
+	if err := unix.PidfdSendSignal(p.fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("kill: %w", err)
+	}
+	return nil
+}
+
+// wait returns when the process has ended.
+func (p *process) wait(ctx context.Context) error {
+	return kernel.Poll(ctx, "wait for the end of process 1", func() (bool, error) { return p.ended(), nil })
+}
+
+func (p *process) close() error {
+	if p.fd < 0 {
+		return nil
+	}
+	return unix.Close(p.fd)
+}
+
+// status are lines of /proc/PID/status by their names.
+func (p *process) status() (map[string]string, error) {
+	b, err := os.ReadFile(proc(p.pid, "status"))
+	if err != nil {
+		return nil, fmt.Errorf("process 1: %w", err)
+	}
+	out := map[string]string{}
+	for line := range strings.Lines(string(b)) {
+		name, value, _ := strings.Cut(line, ":")
+		out[name] = strings.TrimSpace(value)
+	}
+	return out, nil
+}
+
+// allowed are capabilities as bits (linux/capability.h).
+const allowed = 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_FOWNER | 1<<unix.CAP_FSETID |
+	1<<unix.CAP_SETUID | 1<<unix.CAP_SETGID | 1<<unix.CAP_KILL | 1<<unix.CAP_NET_BIND_SERVICE
+
+// confined looks in the kernel whether the process is what the engine was asked
+// for: an OCI runtime may do without what it does not know.
+func (p *process) confined() error {
+	s, err := p.status()
+	if err != nil {
+		return err
+	}
+	for name, want := range map[string]string{"NoNewPrivs": "1", "Seccomp": "2"} {
+		if s[name] != want {
+			return fmt.Errorf("process 1 has %s %q, want %s: the daemon does not do what it was asked: %w", name, s[name], want, sandbox.ErrUnsupported)
+		}
+	}
+	for _, name := range []string{"CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"} {
+		if bits, err := strconv.ParseUint(s[name], 16, 64); err != nil || bits&^allowed != 0 {
+			return fmt.Errorf("process 1 has %s %s: more than was asked for: %w", name, s[name], sandbox.ErrUnsupported)
+		}
+	}
+	for _, name := range []string{"mnt", "pid", "net", "ipc", "uts", "cgroup"} {
+		theirs, err := os.Readlink(proc(p.pid, "ns", name))
+		ours, ownErr := os.Readlink("/proc/self/ns/" + name)
+		if err := errors.Join(err, ownErr); err != nil {
+			return fmt.Errorf("process 1: %w", err)
+		}
+		if theirs == ours {
+			return fmt.Errorf("process 1 is in our %s namespace: %w", name, sandbox.ErrUnsupported)
+		}
+	}
+	return nil
+}
+
+// root is who root of the box is outside of it: 0 if the daemon has no user
+// namespace for its containers.
+func (p *process) root() (uid, gid int, err error) {
+	for file, id := range map[string]*int{"uid_map": &uid, "gid_map": &gid} {
+		b, err := os.ReadFile(proc(p.pid, file))
+		if err != nil {
+			return 0, 0, fmt.Errorf("process 1: %w", err)
+		}
+		f := strings.Fields(string(b))
+		if len(f) < 3 || f[0] != "0" {
+			return 0, 0, fmt.Errorf("process 1: %s is %q", file, b)
+		}
+		if *id, err = strconv.Atoi(f[1]); err != nil {
+			return 0, 0, fmt.Errorf("process 1: %s: %w", file, err)
+		}
+	}
+	return uid, gid, nil
+}

@@ -1,0 +1,239 @@
+package docker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/egress"
+	"github.com/mayfly-ci/mayfly/sandbox/guest/wire"
+	"github.com/mayfly-ci/mayfly/sandbox/kernel"
+	"github.com/mayfly-ci/mayfly/sandbox/netns"
+)
+
+const (
+	// stage is where the disk is mounted while the root is built: the one place
+	// that the container has for us, where the guest program lies until then.
+	stage = sandbox.Run
+
+	// ownInodes are 11 of ext4, the skeleton, one of the overlay, and what
+	// builder makes in any image.
+	ownInodes = 20
+	runBytes  = 64 << 20 // of /run/mayfly; counted as memory
+	plain     = unix.MS_NOSUID | unix.MS_NODEV
+)
+
+// skeleton makes what a disk has from its birth: the upper and the work
+// directory of the overlay, and the mount point of the new root.
+func skeleton(dir string) error {
+	for _, d := range []string{"upper", "work", "root"} {
+		if err := os.Mkdir(filepath.Join(dir, d), 0o755); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// enter finishes the box from inside its namespaces and returns the stream to
+// the guest, which waits for a word on it.
+func (b *box) enter(ctx context.Context) (net.Conn, error) {
+	uid, gid, err := b.process.root()
+	if err != nil {
+		return nil, err
+	}
+	stream, fds := -1, netns.FDs{TCP: -1, DNS: -1, Log: -1}
+	err = kernel.OnThread(func() (err error) {
+		// A thread that shares its root with others may not change namespaces.
+		if err := unix.Unshare(unix.CLONE_FS); err != nil {
+			return fmt.Errorf("thread: %w", err)
+		}
+		if err := unix.Setns(b.process.fd, unix.CLONE_NEWNS|unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter the container: %w", err)
+		}
+		if err := netns.Setup(); err != nil {
+			return fmt.Errorf("box network: %w", err)
+		}
+		if fds, err = netns.Open(); err != nil {
+			return fmt.Errorf("box network: %w", err)
+		}
+		// The guest runs, and so needs its program no more, when it listens.
+		if stream, err = b.process.connect(ctx); err != nil {
+			return err
+		}
+		return (&builder{uid, gid}).build(b.disk)
+	})
+	b.sockets = sandbox.Sockets{TCP: file(fds.TCP, "tcp"), DNS: file(fds.DNS, "dns"), Log: file(fds.Log, "log")}
+	if stream < 0 {
+		return nil, err
+	}
+	f := file(stream, "guest")
+	conn, connErr := net.FileConn(f)
+	err = errors.Join(err, connErr, f.Close()) // conn is a copy
+	if err != nil && conn != nil {
+		err = errors.Join(err, conn.Close())
+	}
+	if err != nil {
+		return nil, err
+	}
+	return conn, nil
+}
+
+func file(fd int, name string) *os.File {
+	if fd < 0 {
+		return nil
+	}
+	return os.NewFile(uintptr(fd), name)
+}
+
+// connect connects to the guest and makes sure that it is process 1: nobody
+// else runs in the box yet, and this says so.
+func (p *process) connect(ctx context.Context) (int, error) {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("guest: %w", err)
+	}
+	err = kernel.Poll(ctx, "the guest does not listen", func() (bool, error) {
+		err := unix.Connect(fd, &unix.SockaddrUnix{Name: wire.Address})
+		if errors.Is(err, unix.ECONNREFUSED) && !p.ended() {
+			return false, nil
+		}
+		return err == nil, err
+	})
+	var peer *unix.Ucred
+	if err == nil {
+		peer, err = unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}
+	if err == nil && int(peer.Pid) != p.pid {
+		err = fmt.Errorf("process %d answers, and not process 1, which is %d", peer.Pid, p.pid)
+	}
+	if err != nil {
+		return -1, errors.Join(fmt.Errorf("guest: %w: %w", err, sandbox.ErrDied), unix.Close(fd))
+	}
+	return fd, nil
+}
+
+// A builder makes the root of a box. It runs in the mount namespace of the
+// container, whose processes see what it does. Files that it makes belong to
+// root of the box.
+type builder struct{ uid, gid int }
+
+func (b *builder) build(d *kernel.Disk) error {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("mounts private: %w", err)
+	}
+	for _, step := range []func() error{
+		func() error { return move(d.Mount, "", stage) }, b.overlay, enterRoot, b.directories, b.etc,
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// overlay puts the image under the disk, and what the engine mounted over it.
+// An overlay shows the file system at / and nothing that is mounted below it, so
+// the volumes of an image, and the files of /etc that the engine lends, stay out.
+func (b *builder) overlay() error {
+	var st unix.Stat_t
+	if err := unix.Stat("/", &st); err != nil {
+		return fmt.Errorf("image: %w", err)
+	}
+	err := unix.Chown(stage+"/upper", int(st.Uid), int(st.Gid))
+	if err == nil {
+		err = unix.Chmod(stage+"/upper", st.Mode&0o7777)
+	}
+	if err != nil {
+		return fmt.Errorf("disk: %w", err)
+	}
+	const root = stage + "/root"
+	if err := attach("overlay", root, "overlay", "lowerdir=/,upperdir="+stage+"/upper,workdir="+stage+"/work"); err != nil {
+		return err
+	}
+	for _, p := range []string{"/proc", "/sys", "/dev"} {
+		if err := move(unix.AT_FDCWD, p, root+p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// enterRoot makes the overlay the root of every process of the container, the
+// guest's and this thread's included, and lets go of the old one.
+func enterRoot() error {
+	if err := unix.Chdir(stage + "/root"); err != nil {
+		return fmt.Errorf("new root: %w", err)
+	}
+	if err := unix.PivotRoot(".", "."); err != nil {
+		return fmt.Errorf("pivot_root: %w", err)
+	}
+	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
+		return fmt.Errorf("detach the old root: %w", err)
+	}
+	if err := unix.Chdir("/"); err != nil {
+		return fmt.Errorf("new root: %w", err)
+	}
+	return nil
+}
+
+// directories makes those that every box has, where the image has none.
+func (b *builder) directories() error {
+	const sticky = fs.ModeSticky | 0o777
+	for _, d := range []struct {
+		path string
+		mode fs.FileMode
+	}{{sandbox.Workspace, 0o755}, {"/tmp", sticky}, {"/var", 0o755}, {"/var/tmp", sticky}, {"/etc", 0o755}} {
+		if st, err := os.Stat(d.path); err == nil && st.IsDir() {
+			continue
+		}
+		if err := errors.Join(os.Mkdir(d.path, 0o755), os.Chmod(d.path, d.mode), os.Chown(d.path, b.uid, b.gid)); err != nil {
+			return fmt.Errorf("directory of the box: %w", err)
+		}
+	}
+	return attach("run", sandbox.Run, "tmpfs", fmt.Sprintf("mode=755,size=%d,nr_inodes=16384,uid=%d,gid=%d", runBytes, b.uid, b.gid))
+}
+
+// etc writes the files that say who the box is and whom it asks for names.
+func (b *builder) etc() error {
+	for name, content := range map[string]string{
+		"/etc/hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback " + host + "\n" +
+			egress.Self.String() + " " + host + "\n",
+		"/etc/hostname":    host + "\n",
+		"/etc/resolv.conf": "nameserver " + egress.Resolver.String() + "\noptions timeout:5 attempts:2 ndots:1\n",
+	} {
+		// The image's may be a link.
+		if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("file of the box: %w", err)
+		}
+		if err := errors.Join(os.WriteFile(name, []byte(content), 0o644), os.Chmod(name, 0o644), os.Chown(name, b.uid, b.gid)); err != nil {
+			return fmt.Errorf("file of the box: %w", err)
+		}
+	}
+	return nil
+}
+
+// move moves a mount: the one at a path, or a detached one.
+func move(fd int, from, to string) error {
+	flags := 0
+	if from == "" {
+		flags = unix.MOVE_MOUNT_F_EMPTY_PATH
+	}
+	if err := unix.MoveMount(fd, from, unix.AT_FDCWD, to, flags); err != nil {
+		return fmt.Errorf("move the mount %s to %s: %w", from, to, err)
+	}
+	return nil
+}
+
+func attach(source, target, kind, options string) error {
+	if err := unix.Mount(source, target, kind, plain, options); err != nil {
+		return fmt.Errorf("mount %s at %s: %w", source, target, err)
+	}
+	return nil
+}

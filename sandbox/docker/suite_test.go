@@ -1,0 +1,38 @@
+package docker
+
+import (
+	"context"
+	"testing"
+
+	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/sandboxtest"
+	"github.com/mayfly-ci/mayfly/test/dockertest"
+)
+
+// TestSuite: the runtime keeps the contract of all runtimes, isolation claims
+// included. What it makes is gone when the suite ends.
+func TestSuite(t *testing.T) {
+	d := dockertest.Start(t)
+	cfg := config(t, d)
+	t.Cleanup(func() { nothingLeft(t, d, cfg.StateDir) })
+	conform(t, d, cfg, "user id range")
+}
+
+// conform runs the suite over a configuration, of which those claims do not
+// hold.
+func conform(t *testing.T, d *dockertest.Daemon, cfg Config, unenforced ...string) {
+	t.Helper()
+	program, err := sandboxtest.BuildProbe(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := sandboxtest.Harness{
+		Runtime: newRuntime(t, cfg), Owner: cfg.Owner, Probe: program, Unenforced: unenforced,
+		Again: func() (sandbox.Runtime, error) { return New(cfg) },
+		Orphan: func(ctx context.Context, name string, s sandbox.Spec) error {
+			s.Image = cfg.Image
+			return orphan(ctx, order{State: cfg.StateDir, Host: d.Host(), Name: name, Point: pointMade, Spec: s})
+		},
+	}
+	sandboxtest.Run(t, func(*testing.T) sandboxtest.Harness { return h })
+}

@@ -1,0 +1,238 @@
+// Package dockertest starts a real Docker daemon for tests: private to the test,
+// with its own data, socket, control groups and network namespace, with images
+// made of Debian's packages and of no registry. It can be killed and started
+// again.
+//
+// Making the images takes minutes and copying a data directory that has them
+// does not, so that one is kept in the user's cache directory (template.go).
+package dockertest
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/docker/docker/api/types/image"
+	"github.com/docker/docker/client"
+)
+
+// Bounds. A start takes one second on an idle machine; the rest is room.
+const (
+	startTimeout = 2 * time.Minute
+	stopTimeout  = time.Minute
+	pollInterval = 10 * time.Millisecond
+)
+
+// Images that every daemon has. Debian has bash, git, curl, gcc, make and
+// python3; Busybox has a shell that is no bash, and little else.
+const (
+	Debian  = "mayfly-test/debian:1"
+	Busybox = "mayfly-test/busybox:1"
+)
+
+// A Daemon is one dockerd. Its methods may not be called at the same time.
+type Daemon struct {
+	dir     string // holds data, exec, socket, log
+	parent  string // of the containers' control groups
+	options []string
+	engine  *client.Client
+
+	cmd  *exec.Cmd
+	done chan struct{} // closed when the daemon is gone
+}
+
+// New starts a daemon below dir, which it creates. options are flags of dockerd.
+// It ends with Close, and by itself when the calling process dies.
+func New(ctx context.Context, dir string, options ...string) (*Daemon, error) {
+	if os.Geteuid() != 0 {
+		return nil, errors.New("dockertest: not root")
+	}
+	template, err := template(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("dockertest: images: %w", err)
+	}
+	d, err := empty(dir, options...)
+	if err == nil {
+		err = copyData(ctx, template, d.data())
+	}
+	if err == nil {
+		err = d.start(ctx)
+	}
+	if err != nil {
+		err = fmt.Errorf("dockertest: %w", err)
+		if d != nil {
+			err = errors.Join(err, d.Close())
+		}
+		return nil, err
+	}
+	return d, nil
+}
+
+// empty is a daemon without images that has not been started.
+func empty(dir string, options ...string) (*Daemon, error) {
+	if err := os.Mkdir(dir, 0o711); err != nil {
+		return nil, err
+	}
+	// Not the machine's own, whatever that says.
+	if err := os.WriteFile(filepath.Join(dir, "daemon.json"), []byte("{}"), 0o600); err != nil {
+		return nil, err
+	}
+	d := &Daemon{dir: dir, parent: "mayfly-dockertest-" + strings.ToLower(rand.Text()[:12]), options: options}
+	var err error
+	d.engine, err = client.NewClientWithOpts(client.WithHost(d.Host()), client.WithAPIVersionNegotiation())
+	return d, err
+}
+
+// Start is New for a test: the daemon and all of it go with tb, and what goes
+// wrong is fatal.
+func Start(tb testing.TB, options ...string) *Daemon {
+	tb.Helper()
+	dir, err := os.MkdirTemp("", "mayfly-dockertest-")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			tb.Errorf("dockertest: %v", err)
+		}
+	})
+	d, err := New(context.Background(), filepath.Join(dir, "docker"), options...)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := d.Close(); err != nil {
+			tb.Error(err)
+		}
+	})
+	return d
+}
+
+// Host is the address of the daemon, which stays the same over a Restart.
+func (d *Daemon) Host() string { return "unix://" + filepath.Join(d.dir, "socket") }
+
+// Engine is a client of the daemon, which owns it.
+func (d *Daemon) Engine() *client.Client { return d.engine }
+
+// Dir holds all that the daemon has on disk.
+func (d *Daemon) Dir() string { return d.dir }
+
+func (d *Daemon) data() string { return filepath.Join(d.dir, "data") }
+
+// Import makes an image of a tar archive of a root directory.
+func (d *Daemon) Import(ctx context.Context, archive io.Reader, ref string) error {
+	out, err := d.engine.ImageImport(ctx, image.ImportSource{Source: archive, SourceName: "-"}, ref, image.ImportOptions{})
+	if err != nil {
+		return fmt.Errorf("import %s: %w", ref, err)
+	}
+	_, err = io.Copy(io.Discard, out)
+	return errors.Join(err, out.Close())
+}
+
+// Kill kills the daemon. Its containers live on until it is started again, and
+// if it then has the option --live-restore, further.
+func (d *Daemon) Kill(ctx context.Context) error { return d.end(ctx, syscall.SIGKILL) }
+
+// Stop ends the daemon in order.
+func (d *Daemon) Stop(ctx context.Context) error { return d.end(ctx, syscall.SIGTERM) }
+
+// Restart starts the daemon again after Kill or Stop.
+func (d *Daemon) Restart(ctx context.Context) error { return d.start(ctx) }
+
+func (d *Daemon) end(ctx context.Context, how syscall.Signal) error {
+	if d.cmd == nil {
+		return nil
+	}
+	if err := d.cmd.Process.Signal(how); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	select {
+	case <-d.done:
+		d.cmd = nil
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("dockerd still runs: %w", context.Cause(ctx))
+	}
+}
+
+// command runs the daemon in a network namespace of its own: in that of another
+// daemon it would fight over docker0.
+func (d *Daemon) command(log *os.File) *exec.Cmd {
+	args := append([]string{
+		"--net", "dockerd", "--host", d.Host(), "--data-root", d.data(), "--exec-root", filepath.Join(d.dir, "exec"),
+		"--pidfile", filepath.Join(d.dir, "pid"), "--cgroup-parent", "/" + d.parent, "--config-file", filepath.Join(d.dir, "daemon.json"),
+		"--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-masq=false",
+	}, d.options...)
+	cmd := exec.Command("unshare", args...)
+	cmd.Dir, cmd.Stdout, cmd.Stderr = d.dir, log, log
+	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + d.dir}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM, Setpgid: true}
+	return cmd
+}
+
+func (d *Daemon) start(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	log, err := os.OpenFile(d.logFile(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = log.Close() }()
+	// After a kill both wait for the dead, as long as process 1 has not buried them.
+	for _, pid := range []string{"pid", "exec/containerd/containerd.pid"} {
+		if err := os.Remove(filepath.Join(d.dir, pid)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	cmd, started, done := d.command(log), make(chan error, 1), make(chan struct{})
+	go func() { // end waits for it
+		// The death signal is bound to the thread that starts the child, so
+		// that this one is kept until the child is gone.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		defer close(done)
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			_ = cmd.Wait() // how it ended is in its log
+		}
+	}()
+	if err := <-started; err != nil {
+		return fmt.Errorf("dockerd (Debian package docker.io): %w", err)
+	}
+	d.cmd, d.done = cmd, done
+	return d.ready(ctx)
+}
+
+func (d *Daemon) logFile() string { return filepath.Join(d.dir, "log") }
+
+// ready waits until the daemon answers.
+func (d *Daemon) ready(ctx context.Context) error {
+	tick := time.NewTicker(pollInterval)
+	defer tick.Stop()
+	for {
+		_, err := d.engine.Ping(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-d.done:
+			log, logErr := os.ReadFile(d.logFile())
+			return errors.Join(fmt.Errorf("dockerd (Debian package docker.io) ended while it started: %s", log[max(0, len(log)-2000):]), logErr)
+		case <-ctx.Done():
+			return errors.Join(fmt.Errorf("dockerd does not answer: %w", context.Cause(ctx)), err)
+		case <-tick.C:
+		}
+	}
+}
