@@ -43,7 +43,7 @@ func findGroups(own, mounts string) (groups, error) {
 			at[controller] = f[2]
 		}
 	}
-	found := map[string]string{}
+	found := map[string]string{} // a path that begins with /.. is out of our reach
 	for line := range strings.Lines(mounts) {
 		left, right, _ := strings.Cut(line, " - ")
 		l, r := strings.Fields(left), strings.Fields(right)
@@ -57,7 +57,7 @@ func findGroups(own, mounts string) (groups, error) {
 		for _, c := range controllers {
 			path, ok := at[c]
 			rel, err := filepath.Rel(l[3], path)
-			if ok && err == nil && filepath.IsLocal(rel) && found[c] == "" {
+			if ok && err == nil && !strings.HasPrefix(path, "/..") && filepath.IsLocal(rel) && found[c] == "" {
 				found[c] = filepath.Join(l[4], rel)
 			}
 		}

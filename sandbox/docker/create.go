@@ -130,6 +130,9 @@ func (r *Runtime) build(ctx context.Context, b *box, s sandbox.Spec, template st
 	if err != nil {
 		return fmt.Errorf("inspect: %w", err)
 	}
+	if !c.State.Running {
+		return fmt.Errorf("the guest ended with %d as it began %s: %w", c.State.ExitCode, c.State.Error, sandbox.ErrDied)
+	}
 	if b.process, err = findProcess(c.State.Pid, id); err != nil {
 		return err
 	}

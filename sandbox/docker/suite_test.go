@@ -2,6 +2,8 @@ package docker
 
 import (
 	"context"
+	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
@@ -16,6 +18,23 @@ func TestSuite(t *testing.T) {
 	cfg := config(t, d)
 	t.Cleanup(func() { nothingLeft(t, d, cfg.StateDir) })
 	conform(t, d, cfg, "user id range")
+}
+
+// TestSuiteRemapped: and with a daemon that has user namespaces, all of it.
+func TestSuiteRemapped(t *testing.T) {
+	plain, d := dockertest.Start(t), dockertest.StartRemapped(t)
+	if err := d.CopyImage(bounded(t), plain, dockertest.Debian); err != nil {
+		t.Fatal(err)
+	}
+	cfg := config(t, d)
+	t.Cleanup(func() { nothingLeft(t, d, cfg.StateDir) })
+	t.Run("root is nobody outside", func(t *testing.T) {
+		b := create(t, newRuntime(t, cfg), "box", sandbox.Spec{})
+		if out, exit := script(t, b, "touch /usr/bin/new /workspace/new /run/mayfly/new /etc/hosts && apt-config dump | head -1 && stat -c %u /usr/bin/new /etc/hosts /workspace && cat /proc/self/uid_map"); exit.Code != 0 || !strings.Contains(out, "\n0\n0\n0\n") || !strings.Contains(out, strconv.Itoa(dockertest.RemappedID)) {
+			t.Errorf("got %q %+v, want root of a user namespace who may write", out, exit)
+		}
+	})
+	conform(t, d, cfg)
 }
 
 // conform runs the suite over a configuration, of which those claims do not

@@ -46,6 +46,7 @@ type Daemon struct {
 	dir     string // holds data, exec, socket, log
 	parent  string // of the containers' control groups
 	options []string
+	ids     string // file that is /etc/subuid and /etc/subgid for the daemon, if any
 	engine  *client.Client
 
 	cmd  *exec.Cmd
@@ -119,6 +120,42 @@ func Start(tb testing.TB, options ...string) *Daemon {
 	return d
 }
 
+// StartRemapped is Start for a daemon that gives its containers a user namespace,
+// with ids from RemappedID. It has no images.
+func StartRemapped(tb testing.TB) *Daemon {
+	tb.Helper()
+	dir, err := os.MkdirTemp("", "mayfly-dockertest-")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			tb.Errorf("dockertest: %v", err)
+		}
+	})
+	d, err := empty(filepath.Join(dir, "docker"), "--userns-remap=nobody:nogroup")
+	if err != nil {
+		tb.Fatalf("dockertest: %v", err)
+	}
+	tb.Cleanup(func() {
+		if err := d.Close(); err != nil {
+			tb.Error(err)
+		}
+	})
+	d.ids = filepath.Join(d.dir, "ids")
+	err = errors.Join(os.WriteFile(d.ids, fmt.Appendf(nil, "nobody:%d:65536\nnogroup:%[1]d:65536\n", RemappedID), 0o644), os.Chmod(dir, 0o711))
+	if err == nil {
+		err = d.start(context.Background())
+	}
+	if err != nil {
+		tb.Fatalf("dockertest: %v", err)
+	}
+	return d
+}
+
+// RemappedID is what root of a container is outside, of StartRemapped.
+const RemappedID = 1 << 29
+
 // Host is the address of the daemon, which stays the same over a Restart.
 func (d *Daemon) Host() string { return "unix://" + filepath.Join(d.dir, "socket") }
 
@@ -138,6 +175,20 @@ func (d *Daemon) Import(ctx context.Context, archive io.Reader, ref string) erro
 	}
 	_, err = io.Copy(io.Discard, out)
 	return errors.Join(err, out.Close())
+}
+
+// CopyImage takes an image over from another daemon.
+func (d *Daemon) CopyImage(ctx context.Context, from *Daemon, ref string) error {
+	in, err := from.engine.ImageSave(ctx, []string{ref})
+	if err != nil {
+		return fmt.Errorf("save %s: %w", ref, err)
+	}
+	out, err := d.engine.ImageLoad(ctx, in)
+	if err != nil {
+		return errors.Join(fmt.Errorf("load %s: %w", ref, err), in.Close())
+	}
+	_, err = io.Copy(io.Discard, out.Body)
+	return errors.Join(err, out.Body.Close(), in.Close())
 }
 
 // Kill kills the daemon. Its containers live on until it is started again, and
@@ -170,10 +221,15 @@ func (d *Daemon) end(ctx context.Context, how syscall.Signal) error {
 // daemon it would fight over docker0.
 func (d *Daemon) command(log *os.File) *exec.Cmd {
 	args := append([]string{
-		"--net", "dockerd", "--host", d.Host(), "--data-root", d.data(), "--exec-root", filepath.Join(d.dir, "exec"),
+		"--host", d.Host(), "--data-root", d.data(), "--exec-root", filepath.Join(d.dir, "exec"),
 		"--pidfile", filepath.Join(d.dir, "pid"), "--cgroup-parent", "/" + d.parent, "--config-file", filepath.Join(d.dir, "daemon.json"),
 		"--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-masq=false",
 	}, d.options...)
+	args = append([]string{"--net", "dockerd"}, args...)
+	if d.ids != "" {
+		const script = `mount --bind "$1" /etc/subuid; mount --bind "$1" /etc/subgid; shift; exec "$@"`
+		args = append([]string{"--mount", "--propagation=private", "sh", "-ec", script, "sh", d.ids, "unshare"}, args...)
+	}
 	cmd := exec.Command("unshare", args...)
 	cmd.Dir, cmd.Stdout, cmd.Stderr = d.dir, log, log
 	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + d.dir}

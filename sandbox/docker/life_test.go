@@ -1,0 +1,289 @@
+package docker
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/api/types/mount"
+
+	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/test/dockertest"
+)
+
+// TestLife: the tests that share a daemon, since one takes seconds to start.
+func TestLife(t *testing.T) {
+	d := dockertest.Start(t)
+	for name, test := range map[string]func(*testing.T, *dockertest.Daemon){
+		"box": testBox, "images": testImages, "stranger": testStranger, "killed agent": testKilledAgent,
+		"in flight": testInFlight, "check": testCheck, "honest builds": testHonestBuilds, "list without state": testLostState,
+	} {
+		t.Run(name, func(t *testing.T) { test(t, d) })
+	}
+	nothingLeft(t, d, "/nonexistent")
+}
+
+func testBox(t *testing.T, d *dockertest.Daemon) {
+	cfg := config(t, d)
+	r := newRuntime(t, cfg)
+	b := create(t, r, "box", sandbox.Spec{})
+	s, err := b.Attach(t.Context())
+	if err != nil || s.TCP == nil || s.DNS == nil || s.Log == nil {
+		t.Fatalf("Attach: got %+v, %v, want three sockets", s, err)
+	}
+	if err := errors.Join(s.TCP.Close(), s.DNS.Close(), s.Log.Close()); err != nil {
+		t.Error(err)
+	}
+	if _, err := b.Attach(t.Context()); err == nil {
+		t.Error("second Attach: got nil, want an error")
+	}
+	// A container, its mounts, control groups, parent and layer, a loop device
+	// and a directory: what leftovers must be able to see.
+	if seen := leftovers(t, d, cfg.StateDir); len(seen) < 7 {
+		t.Errorf("a living box has %q on the host, want at least seven things", seen)
+	}
+	// What a job writes is on the disk of the box, and none of it in the layer
+	// of the container, in a volume, or in a file that the engine lends.
+	out, exit := script(t, b, `for d in / /usr/bin /etc /var/lib /tmp /opt; do echo mayfly-mark > $d/mark; done; echo more >> /etc/hosts && df --output=size / /etc/hosts /workspace | sort -u | wc -l`)
+	if exit.Code != 0 || out != "2\n" {
+		t.Errorf("writing everywhere: got %q %+v, want one file system", out, exit)
+	}
+	err = filepath.WalkDir(d.Dir(), func(path string, _ os.DirEntry, err error) error {
+		if strings.HasSuffix(path, "/mark") {
+			t.Errorf("%s: written by the job", path)
+		}
+		return nil // what vanishes meanwhile is none
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	// The guest takes no second stream, also not from root of the box.
+	if out, _ := script(t, b, `python3 -c 'import socket; socket.socket(socket.AF_UNIX).connect("\0mayfly-guest")' 2>&1 | tail -1`); !strings.Contains(out, "refused") {
+		t.Errorf("a step connects to the guest: got %q, want refused", out)
+	}
+}
+
+func testImages(t *testing.T, d *dockertest.Daemon) {
+	cfg := config(t, d)
+	r := newRuntime(t, cfg)
+	b := create(t, r, "busybox", sandbox.Spec{Image: dockertest.Busybox})
+	if out, exit := script(t, b, "test ! -e /bin/bash && cat /etc/hosts && touch /workspace/f && ls -ld /tmp"); exit.Code != 0 || !strings.Contains(out, "mayfly") || !strings.HasPrefix(out[strings.LastIndex(out, "drwx"):], "drwxrwxrwt") {
+		t.Errorf("in busybox: got %q %+v", out, exit)
+	}
+	inspect, err := d.Engine().ImageInspect(t.Context(), dockertest.Busybox)
+	if err != nil {
+		t.Fatal(err)
+	}
+	byID := create(t, r, "by-id", sandbox.Spec{Image: inspect.ID})
+	if out, exit := script(t, byID, "echo here"); exit.Code != 0 || out != "here\n" {
+		t.Errorf("by id: got %q %+v", out, exit)
+	}
+	const absent = "mayfly-test/absent:1"
+	destroyAfter(t, r, "absent")
+	if _, err := r.Create(bounded(t), "absent", sandbox.Spec{Image: absent}); !errors.Is(err, sandbox.ErrUnsupported) || !strings.Contains(err.Error(), absent) {
+		t.Errorf("an image that is not there: got %v, want ErrUnsupported and its name", err)
+	}
+	// An image may ask for volumes, a user, a health check and an entry point.
+	c, err := d.Engine().ContainerCreate(t.Context(), &container.Config{Image: dockertest.Busybox, Cmd: []string{"true"}}, nil, nil, nil, "nosy")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const nosy = "mayfly-test/nosy:1"
+	_, err = d.Engine().ContainerCommit(t.Context(), c.ID, container.CommitOptions{Reference: nosy, Changes: []string{
+		`VOLUME ["/workspace", "/root"]`, "USER nobody", "WORKDIR /nowhere", `ENTRYPOINT ["/bin/false"]`, "HEALTHCHECK --interval=1s CMD touch /workspace/health", "ENV SECRET=x",
+	}})
+	if err := errors.Join(err, d.Engine().ContainerRemove(t.Context(), c.ID, container.RemoveOptions{})); err != nil {
+		t.Fatal(err)
+	}
+	b = create(t, r, "nosy", sandbox.Spec{Image: nosy})
+	if out, exit := script(t, b, "id -u; pwd; ls -A; echo x > /root/f; grep -c -e /root -e /workspace /proc/mounts; env"); exit.Code != 0 || out != "0\n/workspace\n0\nHOME=/root\nPATH=/usr/sbin:/usr/bin:/sbin:/bin\nPWD=/workspace\n" && !strings.HasPrefix(out, "0\n/workspace\n0\n") || strings.Contains(out, "SECRET") {
+		t.Errorf("an image with wishes: got %q %+v, want root in an empty workspace without volumes", out, exit)
+	}
+}
+
+// testStranger: a container of that name which is not ours is in the way and
+// stays.
+func testStranger(t *testing.T, d *dockertest.Daemon) {
+	r := newRuntime(t, config(t, d))
+	c, err := d.Engine().ContainerCreate(t.Context(), &container.Config{Image: dockertest.Busybox, Cmd: []string{"true"}}, nil, nil, nil, "taken")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Create(bounded(t), "taken", sandbox.Spec{}); !errors.Is(err, sandbox.ErrExists) {
+		t.Errorf("Create: got %v, want ErrExists", err)
+	}
+	if err := r.Destroy(bounded(t), "taken"); err != nil {
+		t.Errorf("Destroy: %v", err)
+	}
+	if err := d.Engine().ContainerRemove(t.Context(), c.ID, container.RemoveOptions{}); err != nil {
+		t.Errorf("the stranger's container: %v", err)
+	}
+}
+
+// points are where an agent may die, in order.
+func points() []string {
+	return []string{
+		"docker.named", "docker.recorded", "docker.created", "docker.answered", "docker.disk", "docker.started",
+		"docker.entered", "docker.ready", pointRunning, "docker.ended", "docker.removed",
+	}
+}
+
+// An agent is killed at every point between two effects. What runs ends by
+// itself, and Destroy in another process removes the rest.
+func testKilledAgent(t *testing.T, d *dockertest.Daemon) {
+	for _, point := range points() {
+		t.Run(point, func(t *testing.T) {
+			cfg := config(t, d)
+			name := "killed-" + strings.ReplaceAll(point, ".", "-")
+			spec := sandbox.Spec{Labels: sandbox.Labels{Owner: "test", Job: "j", Generation: 1}, Image: dockertest.Busybox}
+			if err := orphan(bounded(t), order{State: cfg.StateDir, Host: d.Host(), Name: name, Point: point, Spec: spec}); err != nil {
+				t.Fatal(err)
+			}
+			r := newRuntime(t, cfg)
+			infos, err := r.List(bounded(t))
+			if err != nil || len(infos) != 1 || infos[0].Name != name || infos[0].Labels.Owner != "test" {
+				t.Errorf("List: got %+v, %v, want the partial box", infos, err)
+			}
+			if point == "docker.entered" || point == "docker.ready" || point == pointRunning { // the guest has a stream
+				eventually(t, "processes end without help", func() bool {
+					c, err := d.Engine().ContainerInspect(bounded(t), name)
+					return err == nil && !c.State.Running
+				})
+			}
+			if err := r.Destroy(bounded(t), name); err != nil {
+				t.Fatal(err)
+			}
+			nothingLeft(t, d, cfg.StateDir)
+		})
+	}
+}
+
+// testInFlight: the agent died while it asked for a container, and the engine
+// makes it all the same. Destroy waits for it.
+func testInFlight(t *testing.T, d *dockertest.Daemon) {
+	cfg := config(t, d)
+	r := newRuntime(t, cfg)
+	for i := range 5 {
+		name := fmt.Sprintf("late-%d", i)
+		if err := r.record(name, record{Image: dockertest.Busybox}); err != nil {
+			t.Fatal(err)
+		}
+		made := make(chan error, 1)
+		sent := make(chan struct{})
+		go func() {
+			close(sent)
+			spec := sandbox.Spec{Image: dockertest.Busybox, Limits: cfg.Limits}
+			_, err := r.engine.ContainerCreate(bounded(t), r.config(spec), r.hostConfig(spec), nil, nil, name)
+			made <- err
+		}()
+		<-sent
+		// As long as a new agent takes at least to begin.
+		select {
+		case err := <-made:
+			made <- err
+		case <-time.After(5 * time.Millisecond):
+		}
+		if err := r.Destroy(bounded(t), name); err != nil {
+			t.Error(err)
+		}
+		// The request may have come too late for its name, or in time.
+		if err := <-made; err != nil {
+			t.Logf("the late request: %v", err)
+		}
+		nothingLeft(t, d, cfg.StateDir)
+	}
+}
+
+func testCheck(t *testing.T, d *dockertest.Daemon) {
+	cfg := config(t, d)
+	claims, err := newRuntime(t, cfg).Check(bounded(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range claims {
+		if c.Enforced != (c.Name != "user id range") {
+			t.Errorf("claim %+v: want all but the id range enforced", c)
+		}
+	}
+	nothingLeft(t, d, cfg.StateDir)
+	cfg.Image = "mayfly-test/absent:1"
+	if _, err := newRuntime(t, cfg).Check(bounded(t)); !errors.Is(err, sandbox.ErrUnsupported) || !strings.Contains(err.Error(), cfg.Image) {
+		t.Errorf("without the image: got %v, want ErrUnsupported and its name", err)
+	}
+	cfg.Image, cfg.Runtime = dockertest.Busybox, "absent"
+	if _, err := newRuntime(t, cfg).Check(bounded(t)); err == nil {
+		t.Error("without the OCI runtime: got nil, want an error")
+	}
+}
+
+// testLostState: boxes are found by their labels alone.
+func testLostState(t *testing.T, d *dockertest.Daemon) {
+	cfg := config(t, d)
+	r := newRuntime(t, cfg)
+	create(t, r, "lost", sandbox.Spec{Labels: sandbox.Labels{Owner: "test", Job: "j", Generation: 3}})
+	if err := os.RemoveAll(cfg.StateDir); err != nil {
+		t.Fatal(err)
+	}
+	again := newRuntime(t, cfg)
+	infos, err := again.List(bounded(t))
+	if err != nil || len(infos) != 1 || infos[0].Name != "lost" || infos[0].Labels != (sandbox.Labels{Owner: "test", Job: "j", Generation: 3}) {
+		t.Errorf("List: got %+v, %v, want the box by its labels", infos, err)
+	}
+	if err := again.Destroy(bounded(t), "lost"); err != nil {
+		t.Error(err)
+	}
+}
+
+// What an ordinary build does as root must work.
+func testHonestBuilds(t *testing.T, d *dockertest.Daemon) {
+	b := create(t, newRuntime(t, config(t, d)), "honest", sandbox.Spec{Limits: sandbox.Limits{Memory: 1 << 30}})
+	for _, c := range []struct{ name, script, want string }{
+		{"usr", `echo x > /usr/bin/new && rm -r /usr/share/git-core && test ! -e /usr/share/git-core && cat /usr/bin/new`, "x\n"},
+		{"etc", `echo "a b" >> /etc/hosts && useradd builder && getent passwd builder`, "builder:x:"},
+		{"tar", `mkdir a && touch a/f && chown 1234:4321 a/f && tar cf a.tar a && rm -r a && tar xf a.tar && stat -c %u:%g a/f`, "1234:4321"},
+		{"install", `echo x > f && install -o nobody -g nogroup -m 640 f g && stat -c '%U %G %a' g`, "nobody nogroup 640"},
+		{"su", `su nobody -s /bin/sh -c id`, "uid=65534(nobody)"},
+		{"dpkg", `mkdir -p p/DEBIAN p/usr/bin && printf 'Package: hello-mayfly\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b>\nDescription: d\n' > p/DEBIAN/control && printf '#!/bin/sh\necho installed\n' > p/usr/bin/hello-mayfly && chmod 755 p/usr/bin/hello-mayfly && dpkg-deb -b p p.deb && dpkg -i p.deb && dpkg -s hello-mayfly && hello-mayfly && dpkg -r hello-mayfly`, "installed\n"},
+		{"dpkg over a package of the image", `dpkg -r --force-depends make && test ! -e /usr/bin/make && dpkg -l | grep -c git`, "\n"},
+		{"port below 1024", `python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 80)); print("bound")'`, "bound"},
+		{"host name", `getent hosts $(hostname); hostname`, "mayfly"},
+		{"git", `git init -q r && cd r && echo x > f && git add f && git -c user.name=a -c user.email=a@b commit -qm m && git log --oneline`, " m"},
+		{"gcc", `printf '#include <stdio.h>\n#include <pthread.h>\nvoid*f(void*a){puts("threaded");return 0;}int main(){pthread_t t;pthread_create(&t,0,f,0);pthread_join(t,0);}' > x.c && gcc -pthread x.c -o x && ./x`, "threaded"},
+		{"pty", `python3 -c 'import pty; pty.spawn(["/bin/sh", "-c", "tty"])'`, "/dev/pts/0"},
+		{"shared memory", `python3 -c 'from multiprocessing import Pool
+if __name__ == "__main__":
+    with Pool(2) as p: print(p.map(abs, [-1, -2]))'`, "[1, 2]"},
+		{"fifo and links", `mkfifo p && ln -s a b && ln p c && ls -l p`, "prw"},
+		{"temporary files", `f=$(mktemp) && d=$(mktemp -d -p /var/tmp) && su nobody -s /bin/sh -c "touch /tmp/nobodys" && ls /tmp/nobodys`, "/tmp/nobodys"},
+		{"run", `echo s > /run/mayfly/secret && df --output=fstype /run/mayfly`, "tmpfs"},
+		{"limits of the box seen by a runtime", `cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null`, "1073741824"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			out, exit := script(t, b, "cd $(mktemp -d -p /workspace) && set -e; "+c.script)
+			if exit.Code != 0 && !strings.HasPrefix(c.name, "limits") || !strings.Contains(out, c.want) {
+				t.Errorf("got %+v and %q, want success and %q", exit, out, c.want)
+			}
+		})
+	}
+}
+
+// TestNothingOfTheHost: no option mounts anything but the guest's directory.
+func TestNothingOfTheHost(t *testing.T) {
+	t.Parallel()
+	cfg, err := testConfig(t.TempDir(), DefaultHost)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := newRuntime(t, cfg).hostConfig(sandbox.Spec{})
+	if len(h.Mounts) != 1 || h.Mounts[0].Source != filepath.Join(cfg.StateDir, "guest") || !h.Mounts[0].ReadOnly || h.Mounts[0].BindOptions.Propagation != mount.PropagationRPrivate {
+		t.Errorf("mounts: got %+v, want the guest's directory, read-only", h.Mounts)
+	}
+	if h.Privileged || len(h.Binds)+len(h.Devices)+len(h.VolumesFrom)+len(h.GroupAdd) > 0 || h.PidMode != "" || h.UsernsMode != "" || h.NetworkMode != "none" {
+		t.Errorf("host configuration %+v: want nothing of the host", h)
+	}
+}
