@@ -19,11 +19,14 @@ GUEST := sandbox/guest/bin/mayfly-guest-$(GOARCH)
 DEBIAN := bsdutils ca-certificates curl debconf e2fsprogs gcc git iproute2 libc6-dev make nodejs \
 	openssl passwd postgresql python3 runc strace systemd util-linux
 
+# And those of the Docker runtime's tests, which start daemons of their own.
+ENGINE := busybox-static debootstrap docker.io
+
 # Directories that hold crash tests.
 CRASH := $(addsuffix /...,$(wildcard ./test/crash ./runner))
 
 .DEFAULT_GOAL := help
-.PHONY: help build guest demo test cross bench crash fuzz lint release deps
+.PHONY: help build guest demo test cross bench crash fuzz lint release deps engine
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,7 +41,7 @@ guest: # process 1 of a box; mayfly embeds the one of its own architecture
 demo: deps build ## a real job from claim to report, and what is left of it (nothing)
 	go run ./test/demo
 
-test: deps guest cross ## every test, with the race detector, as root
+test: deps engine guest cross ## every test, with the race detector, as root
 	go vet ./...
 	go test -race -count=1 -timeout=$(TESTTIMEOUT) ./...
 
@@ -49,7 +52,7 @@ cross: # the other architecture compiles, tests included
 bench: deps build ## the budgets of the design; JSON to the file that BENCH_JSON names
 	go run ./test/bench
 
-crash: deps guest ## kill the agent at every point of a job's life and of the recovery
+crash: deps engine guest ## kill the agent at every point of a job's life and of the recovery
 	go vet -tags failpoint ./...
 	go test -tags failpoint -count=1 -timeout=$(CRASHTIMEOUT) $(CRASH)
 	go test -tags failpoint -count=1 -timeout=$(CRASHTIMEOUT) ./test/mutants
@@ -65,3 +68,6 @@ release: ## dist/: static binaries for amd64 and arm64, built twice and compared
 
 deps: # Debian packages; silent and quick when nothing is missing
 	@test/scripts/deps.sh $(DEBIAN)
+
+engine: # a Docker Engine, and what its test image is made with
+	@test/scripts/deps.sh $(ENGINE)

@@ -92,6 +92,38 @@ func TestExamplePolicy(t *testing.T) {
 	}
 }
 
+func TestExampleDocker(t *testing.T) {
+	t.Parallel()
+	c, err := Load("agent-docker.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var own struct {
+		Image string `yaml:"image"`
+		Host  string `yaml:"host"`
+	}
+	if err := c.Runtimes["docker"].Decode(&own); err != nil || own.Image != "debian:12" || own.Host != "unix:///var/run/docker.sock" || c.Runtimes["docker"].Type != "docker" {
+		t.Errorf("runtime: got %+v, %v", own, err)
+	}
+	src, err := os.ReadFile(c.Policy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := policy.Parse(src, c.Policy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	places := p.Places()
+	if len(places) != 2 || places[0].Runtime != "docker" || places[0].Image != "golang:1.26" || places[1].Runtime != "native" {
+		t.Errorf("places: got %+v", places)
+	}
+	for _, place := range places {
+		if _, ok := c.Runtimes[place.Runtime]; !ok {
+			t.Errorf("%s: runtime %s is not in agent-docker.yaml", place.Rule, place.Runtime)
+		}
+	}
+}
+
 func TestDefaults(t *testing.T) {
 	t.Parallel()
 	c, err := Parse([]byte("version: 1\npolicy: p.yaml\nproviders: {spool: {type: local}, other: }\n"), "/etc/mayfly/agent.yaml")

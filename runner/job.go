@@ -48,7 +48,7 @@ func (l *life) admit(ctx context.Context) (policy.Plan, error) {
 	err = errors.Join(err, l.audit(ctx, l.log.Job, "job.admit", s.Job, err,
 		"provider", s.Provider, "repository", s.Repository, "ref", s.Ref, "sha", s.SHA, "workflow", s.Workflow,
 		"event", s.Event, "actor", l.job.Actor, "trust", string(l.job.Trust),
-		"policy", rules.Digest(), "rule", plan.Rule))
+		"policy", rules.Digest(), "rule", plan.Rule, "runtime", plan.Runtime, "image", plan.Image))
 	if err != nil {
 		return plan, err
 	}
@@ -89,6 +89,7 @@ func (l *life) queue(ctx context.Context) error {
 func (l *life) spec(plan policy.Plan, deadline time.Time) sandbox.Spec {
 	return sandbox.Spec{
 		Labels:  sandbox.Labels{Owner: l.state.Owner, Job: l.log.Job, Generation: l.state.Generation},
+		Image:   plan.Image,
 		Limits:  plan.Limits,
 		Expires: l.expires(plan, deadline),
 	}

@@ -29,7 +29,7 @@ func runAgent(c *call) error {
 		return err
 	}
 	defer w.close()
-	if err := w.checkGrants(w.agent.Policy); err != nil {
+	if err := w.checkRules(w.agent.Policy); err != nil {
 		return exitError{exitUsage, err}
 	}
 	record := monitor.NewRecord(w.agent.Audit)

@@ -52,17 +52,26 @@ func checkNames(cfg *configs.Config, rules *policy.Policy) error {
 		errs = append(errs, w.checkProvider(name, section))
 	}
 	for _, section := range cfg.Runtimes {
-		_, err := nativeConfig(section, false)
+		_, err := runtimeConfig(section, false)
 		errs = append(errs, err)
 	}
 	_, gerr := gatewayConfig(cfg.Gateway)
 	_, qerr := quotasOf(cfg.Quotas)
-	return errors.Join(append(errs, gerr, qerr, w.checkGrants(rules))...)
+	return errors.Join(append(errs, gerr, qerr, w.checkRules(rules))...)
 }
 
-// checkGrants lets the issuers judge what the policy would have them asked for.
-func (w *wiring) checkGrants(rules *policy.Policy) error {
+// checkRules looks for the runtimes that the policy names, and lets the issuers
+// judge what it would have them asked for.
+func (w *wiring) checkRules(rules *policy.Policy) error {
 	var errs []error
+	for _, p := range rules.Places() {
+		section, ok := w.config.Runtimes[p.Runtime]
+		if !ok {
+			errs = append(errs, fmt.Errorf("%s: runtime %q is not in the configuration", p.Rule, p.Runtime))
+		} else if p.Image != "" && section.Type == "native" {
+			errs = append(errs, fmt.Errorf("%s: image %s: boxes of runtime %q have the host's base and no image", p.Rule, p.Image, p.Runtime))
+		}
+	}
 	for _, g := range rules.Grants() {
 		issuer, ok := w.agent.Issuers[g.Issuer]
 		if !ok {
@@ -181,7 +190,11 @@ func explain(e policy.Explanation) string {
 		return b.String()
 	}
 	p := e.Plan
-	fmt.Fprintf(&b, "\ngranted by %s\n  runtime %s, at most %v\n", p.Rule, p.Runtime, p.Timeout)
+	where := p.Runtime
+	if p.Image != "" {
+		where += ", image " + p.Image
+	}
+	fmt.Fprintf(&b, "\ngranted by %s\n  runtime %s, at most %v\n", p.Rule, where, p.Timeout)
 	for _, x := range p.Egress {
 		fmt.Fprintf(&b, "  egress  %s:%d %s%s\n", x.Rule.Name, x.Rule.Port, x.Rule.Protocol, onlyIn(x.Step))
 	}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/mayfly-ci/mayfly/test/dockertest"
 	"github.com/mayfly-ci/mayfly/test/postgrestest"
 )
 
@@ -31,7 +32,7 @@ func TestMain(m *testing.M) {
 // guest (make guest); what a script makes stays below $WORK.
 //
 // Beside the commands of testscript, scripts have: code, eventually, nobody,
-// flip, database, freeport and canary, each explained below.
+// flip, database, freeport, canary and engine, each explained below.
 func TestScript(t *testing.T) {
 	t.Parallel()
 	if os.Geteuid() != 0 {
@@ -47,7 +48,7 @@ func TestScript(t *testing.T) {
 		Setup:               setup,
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"code": code, "eventually": eventually, "nobody": nobody, "flip": flip, "database": database,
-			"freeport": freeport, "canary": canary,
+			"freeport": freeport, "canary": canary, "engine": engine,
 		},
 	})
 }
@@ -158,6 +159,21 @@ func flip(ts *testscript.TestScript, neg bool, args []string) {
 		}
 		ts.Check(os.WriteFile(ts.MkAbs(path), []byte(text[:at]+string(text[at]^1)+text[at+1:]), 0o600))
 	}
+}
+
+// engine starts a Docker daemon with the images of dockertest: its address is
+// in $ENGINE.
+func engine(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 0 {
+		ts.Fatalf("usage: engine")
+	}
+	dir, err := os.MkdirTemp("", "mayfly-script-")
+	ts.Check(err)
+	ts.Defer(func() { ts.Check(os.RemoveAll(dir)) })
+	d, err := dockertest.New(context.Background(), filepath.Join(dir, "docker"))
+	ts.Check(err)
+	ts.Defer(func() { ts.Check(d.Close()) })
+	ts.Setenv("ENGINE", d.Host())
 }
 
 // database starts a server: its port is in $PGPORT, and the administrator's

@@ -71,7 +71,7 @@ func (w *wiring) reload(ctx context.Context, agent *runner.Agent) {
 	old := agent.Status().Policy
 	rules, err := readPolicy(w.policyFile)
 	if err == nil {
-		err = errors.Join(w.config.Validate(), w.checkGrants(rules))
+		err = errors.Join(w.config.Validate(), w.checkRules(rules))
 	}
 	if err := agent.Reload(ctx, rules, err); err != nil {
 		w.agent.Log.Error().Err(err).Str("policy", old).Msg("reload: the policy stays")

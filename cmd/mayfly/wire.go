@@ -21,6 +21,7 @@ import (
 	"github.com/mayfly-ci/mayfly/runner/audit"
 	"github.com/mayfly-ci/mayfly/runner/policy"
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/docker"
 	"github.com/mayfly-ci/mayfly/sandbox/egress/gateway"
 	"github.com/mayfly-ci/mayfly/sandbox/guest"
 	"github.com/mayfly-ci/mayfly/sandbox/native"
@@ -105,16 +106,28 @@ func (w *wiring) parts() error {
 
 func (w *wiring) runtimes() error {
 	w.agent.Runtimes = map[string]sandbox.Runtime{}
+	program, err := guest.Binary()
+	if err != nil {
+		return err
+	}
 	for name, section := range w.config.Runtimes {
-		c, err := nativeConfig(section, w.weak)
+		c, err := runtimeConfig(section, w.weak)
 		if err != nil {
 			return exitError{exitUsage, err}
 		}
-		if c.Guest, err = guest.Binary(); err != nil {
-			return err
+		var runtime interface {
+			sandbox.Runtime
+			Close() error
 		}
-		c.StateDir, c.Owner = filepath.Join(w.state.Dir, "boxes-"+name), w.state.Owner
-		runtime, err := native.New(c)
+		state := filepath.Join(w.state.Dir, "boxes-"+name)
+		switch c := c.(type) {
+		case native.Config:
+			c.StateDir, c.Owner, c.Guest = state, w.state.Owner, program
+			runtime, err = native.New(c)
+		case docker.Config:
+			c.StateDir, c.Owner, c.Guest = state, w.state.Owner, program
+			runtime, err = docker.New(c)
+		}
 		if err != nil {
 			return exitError{exitUsage, fmt.Errorf("sandbox %s: %w", name, err)}
 		}
@@ -126,12 +139,20 @@ func (w *wiring) runtimes() error {
 	return nil
 }
 
-// nativeConfig is what the section says of a runtime. weak is whether it is
-// for an ordinary user if the section does not say.
-func nativeConfig(section configs.Section, weak bool) (native.Config, error) {
-	if section.Type != "native" {
-		return native.Config{}, section.Errorf("type", "runtime %q: this agent has native", section.Type)
+// runtimeConfig is what the section says of a runtime: a native.Config or a
+// docker.Config. weak is whether it is for an ordinary user if the section does
+// not say.
+func runtimeConfig(section configs.Section, weak bool) (any, error) {
+	switch section.Type {
+	case "native":
+		return nativeConfig(section, weak)
+	case "docker":
+		return dockerConfig(section)
 	}
+	return nil, section.Errorf("type", "runtime %q: this agent has native and docker", section.Type)
+}
+
+func nativeConfig(section configs.Section, weak bool) (native.Config, error) {
 	var own struct {
 		Unprivileged *bool    `yaml:"unprivileged"`
 		FirstID      uint32   `yaml:"first_id"`
@@ -146,6 +167,21 @@ func nativeConfig(section configs.Section, weak bool) (native.Config, error) {
 		weak = *own.Unprivileged
 	}
 	return native.Config{FirstID: own.FirstID, CgroupParent: own.Cgroup, Base: own.Base, Hide: own.Hide, Unprivileged: weak}, nil
+}
+
+func dockerConfig(section configs.Section) (docker.Config, error) {
+	var own struct {
+		Host    string `yaml:"host"`
+		Image   string `yaml:"image,required"`
+		Runtime string `yaml:"runtime"`
+	}
+	if err := section.Decode(&own); err != nil {
+		return docker.Config{}, err
+	}
+	if err := docker.CheckHost(own.Host); err != nil {
+		return docker.Config{}, section.Errorf("host", "%w", err)
+	}
+	return docker.Config{Host: own.Host, Image: own.Image, Runtime: own.Runtime}, nil
 }
 
 func (w *wiring) issuers() error {

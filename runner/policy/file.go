@@ -26,6 +26,7 @@ type ruleNode struct {
 	Name    ruleName     `yaml:"name,required"`
 	Match   match        `yaml:"match,required"`
 	Runtime runtime      `yaml:"runtime"`
+	Image   image        `yaml:"image"`
 	Timeout span         `yaml:"timeout"`
 	Limits  limitsNode   `yaml:"limits"`
 	Egress  []egressNode `yaml:"egress"`
@@ -201,6 +202,7 @@ func (n ruleNode) basics() Plan {
 	return Plan{
 		Rule:     at(n.Self) + " " + string(n.Name),
 		Runtime:  orDefault(string(n.Runtime), defaultRuntime),
+		Image:    string(n.Image),
 		Timeout:  orDefault(time.Duration(n.Timeout), DefaultTimeout),
 		Keep:     time.Duration(n.Keep),
 		LogBytes: orDefault(int64(n.Limits.Log), DefaultLogBytes),

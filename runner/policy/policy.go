@@ -29,11 +29,12 @@ var ErrDenied = errors.New("denied by policy")
 // A Plan is what one job may have. Its maps and slices belong to the policy
 // and must not be changed.
 type Plan struct {
-	Rule    string         `json:"rule"`    // "policy.yaml:12 main-builds"
-	Digest  string         `json:"digest"`  // of the policy file
-	Runtime string         `json:"runtime"` // "native"
-	Timeout time.Duration  `json:"timeout"` // nanoseconds, never 0
-	Limits  sandbox.Limits `json:"limits"`  // zero fields are the runtime's defaults
+	Rule    string         `json:"rule"`            // "policy.yaml:12 main-builds"
+	Digest  string         `json:"digest"`          // of the policy file
+	Runtime string         `json:"runtime"`         // name in the agent's configuration, "native" if the rule has none
+	Image   string         `json:"image,omitempty"` // of the box; "" is the runtime's own
+	Timeout time.Duration  `json:"timeout"`         // nanoseconds, never 0
+	Limits  sandbox.Limits `json:"limits"`          // zero fields are the runtime's defaults
 	// Keep is how long the box of a failed job is kept; 0 is not at all.
 	Keep     time.Duration `json:"keep_on_failure,omitempty"` // nanoseconds
 	LogBytes int64         `json:"log_bytes"`                 // cap of the job's log, never 0
@@ -174,4 +175,22 @@ func (p *Policy) Grants() []Grant {
 		}
 	}
 	return gs
+}
+
+// A Place is where some rule lets jobs run. The command that checks a
+// configuration looks whether it has all of them.
+type Place struct {
+	Rule    string // "policy.yaml:12 main-builds"
+	Runtime string
+	Image   string
+}
+
+// Places returns the runtime and the image of every rule, in the order of the
+// file.
+func (p *Policy) Places() []Place {
+	var ps []Place
+	for _, r := range p.rules {
+		ps = append(ps, Place{r.plan.Rule, r.plan.Runtime, r.plan.Image})
+	}
+	return ps
 }

@@ -134,14 +134,21 @@ func (p *protocol) UnmarshalText(b []byte) error {
 	return nil
 }
 
+// runtime is a name of the agent's configuration, which alone knows them all.
 type runtime string
 
 func (r *runtime) UnmarshalText(b []byte) error {
-	if string(b) != defaultRuntime {
-		return fmt.Errorf("unknown runtime %q (known: %s)", b, defaultRuntime)
-	}
 	*r = runtime(b)
-	return nil
+	return word(b, "the name of a runtime", `[a-z][a-z0-9-]{0,62}`)
+}
+
+// image names what a box has below it, for runtimes with images: a tag, a
+// digest or an id.
+type image string
+
+func (i *image) UnmarshalText(b []byte) error {
+	*i = image(b)
+	return word(b, "an image", `[A-Za-z0-9][A-Za-z0-9._/:@-]{0,254}`)
 }
 
 type tier providers.Trust

@@ -94,11 +94,23 @@ type Runtime struct {
 
 var _ sandbox.Runtime = (*Runtime)(nil)
 
+// CheckHost refuses the address of a daemon that cannot be on this machine, with
+// sandbox.ErrUnsupported. "" is DefaultHost.
+func CheckHost(host string) error {
+	socket, local := strings.CutPrefix(host, "unix://")
+	if host != "" && (!local || !filepath.IsAbs(socket)) {
+		return fmt.Errorf("host %q: the agent enters its containers, so the daemon must be on this machine: write unix:///path/of/the/socket: %w", host, sandbox.ErrUnsupported)
+	}
+	return nil
+}
+
 func (c *Config) complete() error {
 	if c.Host == "" {
 		c.Host = DefaultHost
 	}
-	socket, local := strings.CutPrefix(c.Host, "unix://")
+	if err := CheckHost(c.Host); err != nil {
+		return fmt.Errorf("docker: %w", err)
+	}
 	switch {
 	case !filepath.IsAbs(c.StateDir):
 		return fmt.Errorf("docker: state directory %q is not absolute", c.StateDir)
@@ -106,8 +118,6 @@ func (c *Config) complete() error {
 		return errors.New("docker: owner is empty")
 	case len(c.Guest) == 0:
 		return errors.New("docker: guest program is empty")
-	case !local || !filepath.IsAbs(socket):
-		return fmt.Errorf("docker: host %q: the agent must enter its containers, so the daemon must be on this machine: write unix:///path/of/the/socket: %w", c.Host, sandbox.ErrUnsupported)
 	case c.Image == "":
 		return errors.New("docker: no image: name the one that boxes have if a rule names none")
 	}
