@@ -200,6 +200,9 @@ func crash(t *testing.T, kind string) {
 			if os.Getenv("MAYFLY_CRASH") == "single" {
 				break
 			}
+			if !s.again(points[i], point) {
+				continue
+			}
 			trial(t, s, points[i], point, i >= end)
 			n++
 		}

@@ -26,6 +26,7 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
 	"github.com/mayfly-ci/mayfly/sandbox/sandboxtest"
+	"github.com/mayfly-ci/mayfly/test/dockertest"
 )
 
 const crashJob = "crash"
@@ -66,10 +67,13 @@ type scene struct {
 	Dir  string
 
 	Postgres realPostgres
+	Engine   string // address of the lane's Docker daemon
 
 	Forge  string            // URL of the instance, if the kind is gitea
 	forge  *fakegitea.Server // the instance itself, in the test's process
 	silent bool              // the kill came before the journal heard of the task
+
+	daemon *dockertest.Daemon
 }
 
 func newScene(t *testing.T, kind string, lane int) *scene {
@@ -78,6 +82,9 @@ func newScene(t *testing.T, kind string, lane int) *scene {
 	if kind == "real" {
 		s.Postgres = startPostgres(t)
 		t.Cleanup(func() { s.removeCgroups(t) })
+	}
+	if kind == "docker" {
+		s.startEngine(t)
 	}
 	return s
 }
@@ -90,7 +97,7 @@ func (s *scene) spool(parts ...string) string {
 func (s *scene) prepare(t *testing.T) {
 	t.Helper()
 	say := "print"
-	if s.Kind == "real" {
+	if s.Kind == "real" || s.Kind == "docker" {
 		say = "echo"
 	}
 	repo := filepath.Join(s.Dir, "repo", ".github", "workflows")
@@ -153,8 +160,11 @@ func (s *scene) config(state *runner.State) (runner.Config, error) {
 		Providers: map[string]providers.Provider{"local": &counted{spool, s.Dir}},
 		Policy:    p, Audit: record, Log: zerolog.Nop(), Slots: 1, Keep: 2, Once: true,
 	}
-	if s.Kind == "real" {
+	switch s.Kind {
+	case "real":
 		return cfg, s.real(&cfg, state)
+	case "docker":
+		return cfg, s.overDocker(&cfg, state)
 	}
 	if s.Kind == "gitea" {
 		forge, err := s.gitea(state)
@@ -182,10 +192,14 @@ func (s *scene) left() ([]string, error) {
 			left = append(left, filepath.Join(filepath.Base(dir), e.Name()))
 		}
 	}
-	if s.Kind != "real" {
-		return left, nil
+	var more []string
+	var err error
+	switch s.Kind {
+	case "real":
+		more, err = s.realLeft()
+	case "docker":
+		more, err = s.dockerLeft()
 	}
-	more, err := s.realLeft()
 	return append(left, more...), err
 }
 

@@ -1,0 +1,76 @@
+//go:build failpoint
+
+package runner_test
+
+import (
+	"context"
+	"errors"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/runner"
+	"github.com/mayfly-ci/mayfly/runner/internal/failpoint"
+	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/docker"
+	"github.com/mayfly-ci/mayfly/sandbox/egress/gateway"
+	"github.com/mayfly-ci/mayfly/sandbox/guest"
+	"github.com/mayfly-ci/mayfly/sandbox/kernel"
+	"github.com/mayfly-ci/mayfly/test/dockertest"
+)
+
+// TestCrashDocker is the crash test over boxes of Docker and the real gateway,
+// with leases that are files. The agent is killed once at every point of a job,
+// and a second time at every point of the recovery if the first was in this
+// runtime; else at the recovery's points in this runtime and at the release of
+// the box. The rest is the frame's, and TestCrashFake and TestCrashReal kill
+// there: a box of Docker takes ten times as long as one of theirs.
+func TestCrashDocker(t *testing.T) { crash(t, "docker") }
+
+// startEngine gives the lane a daemon of its own.
+func (s *scene) startEngine(t *testing.T) {
+	s.daemon = dockertest.Start(t)
+	s.Engine = s.daemon.Host()
+}
+
+func (s *scene) overDocker(cfg *runner.Config, state *runner.State) error {
+	program, err := guest.Binary()
+	if err != nil {
+		return err
+	}
+	runtime, err := docker.New(docker.Config{
+		StateDir: filepath.Join(s.Dir, "docker"), Owner: state.Owner, Guest: program, Trace: failpoint.Here,
+		Host: s.Engine, Image: dockertest.Debian,
+	})
+	if err != nil {
+		return err
+	}
+	cfg.Runtimes = map[string]sandbox.Runtime{"native": runtime} // as the policy calls it
+	cfg.Issuers = map[string]creds.Issuer{"pg": fileIssuer(filepath.Join(s.Dir, "leases"))}
+	cfg.Gateway, err = gateway.New(gateway.Config{Trace: failpoint.Here})
+	return err
+}
+
+// dockerLeft names boxes, and what the daemon and its containers have on the
+// machine. The daemon lets go of a mount or a process behind its answer, so it
+// gets a moment.
+func (s *scene) dockerLeft() (left []string, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	// The end of ctx is no error here: left says what is wrong.
+	_ = kernel.Poll(ctx, "nothing is left", func() (bool, error) {
+		left, err = s.daemon.Left(context.Background())
+		boxes, globErr := filepath.Glob(filepath.Join(s.Dir, "docker", "boxes", "*"))
+		left, err = append(left, boxes...), errors.Join(err, globErr)
+		return len(left) == 0, nil
+	})
+	return left, err
+}
+
+// again says whether the agent that was killed at a point is killed a second
+// time at one of the recovery.
+func (s *scene) again(first, second string) bool {
+	return s.Kind != "docker" || strings.HasPrefix(first, "docker.") || strings.HasPrefix(second, "docker.") || strings.HasPrefix(second, "released.box")
+}
