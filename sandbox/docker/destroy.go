@@ -110,7 +110,8 @@ func (r *Runtime) removeOnce(ctx context.Context, name string) (gone bool, err e
 
 // settle makes sure that the engine is not about to make the container: it may
 // be, if the agent ended while it asked for it. A name that it gives to us is no
-// other's.
+// other's. A request that it has not begun to read by then makes a container
+// that nobody starts and that List shows, which is what the reaper is for.
 func (r *Runtime) settle(ctx context.Context, name string) (bool, error) {
 	rec := r.recorded(name)
 	if rec.Image == "" {
