@@ -183,14 +183,13 @@ func (r *Runtime) config(s sandbox.Spec) *container.Config {
 	if !s.Expires.IsZero() {
 		args = append(args, strconv.FormatInt(max(s.Expires.Unix(), 1), 10))
 	}
-	now := 0
 	return &container.Config{
 		Image: s.Image, Labels: r.labels(record{Labels: s.Labels, Expires: s.Expires}),
 		Hostname: host, User: "0:0", WorkingDir: "/",
 		Entrypoint:  []string{sandbox.Run + "/" + r.program},
 		Cmd:         args,
 		Healthcheck: &container.HealthConfig{Test: []string{"NONE"}}, // the image's would run beside the guest
-		StopSignal:  "SIGKILL", StopTimeout: &now,                    // the guest heeds no signal, and there is nothing to save
+		StopSignal:  "SIGKILL",                                       // the guest heeds no other, and a daemon that ends would wait for it
 	}
 }
 

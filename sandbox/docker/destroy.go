@@ -71,9 +71,10 @@ func (r *Runtime) remove(ctx context.Context, name string) error {
 	_, err = os.Stat(filepath.Join(r.dir(name), answered))
 	settled := !known || err == nil
 	var last error
+	hurry := time.Now().Add(exitPatience)
 	err = kernel.Poll(ctx, "remove the container", func() (bool, error) {
 		var gone bool
-		gone, last = r.removeOnce(ctx, name)
+		gone, last = r.removeOnce(ctx, name, time.Now().After(hurry))
 		if gone && !settled {
 			settled, last = r.settle(ctx, name)
 			gone = settled
@@ -88,9 +89,19 @@ func (r *Runtime) remove(ctx context.Context, name string) error {
 	return nil
 }
 
+// exitPatience is how long the daemon may take to notice that process 1 of a
+// container has ended. It takes milliseconds, if it has not lost the news.
+const exitPatience = 10 * time.Second
+
 // removeOnce reports whether there is no container of ours with that name. An
 // error is worth another try: the daemon is away or busy with the container.
-func (r *Runtime) removeOnce(ctx context.Context, name string) (gone bool, err error) {
+//
+// A container that runs is killed by its process and removed when the daemon
+// knows that it has ended, unless there is a hurry. The daemon's own way to kill
+// one may handle the end twice if it is on its way already, and then the parent
+// process of the container and its control groups stay for as long as the daemon
+// runs (Docker 20.10; often so with a stop timeout of zero).
+func (r *Runtime) removeOnce(ctx context.Context, name string, hurry bool) (gone bool, err error) {
 	c, err := r.engine.ContainerInspect(ctx, name)
 	if errdefs.IsNotFound(err) {
 		return true, nil
@@ -100,6 +111,13 @@ func (r *Runtime) removeOnce(ctx context.Context, name string) (gone bool, err e
 	}
 	if c.Config == nil || c.Config.Labels[labelRuntime] != r.id {
 		return true, nil // somebody else's: it was in the way of Create
+	}
+	if c.State != nil && c.State.Running && !hurry {
+		err := errors.New("the daemon has not seen its end yet")
+		if p, _ := findProcess(c.State.Pid, c.ID); p != nil { // or it has ended
+			err = errors.Join(err, p.kill(), p.close())
+		}
+		return false, err
 	}
 	err = r.engine.ContainerRemove(ctx, c.ID, container.RemoveOptions{Force: true, RemoveVolumes: true})
 	if errdefs.IsNotFound(err) {
@@ -121,7 +139,7 @@ func (r *Runtime) settle(ctx context.Context, name string) (bool, error) {
 	_, err := r.engine.ContainerCreate(ctx, r.config(spec), r.hostConfig(spec), nil, nil, name)
 	switch {
 	case err == nil:
-		return r.removeOnce(ctx, name)
+		return r.removeOnce(ctx, name, true) // it has never run
 	case errdefs.IsNotFound(err):
 		return true, nil // no image, no container
 	}
