@@ -22,11 +22,15 @@ DEBIAN := bsdutils ca-certificates curl debconf e2fsprogs gcc git iproute2 libc6
 # And those of the Docker runtime's tests, which start daemons of their own.
 ENGINE := busybox-static debootstrap docker.io
 
+# Real servers that the tests and the benchmark run against, each a directory of
+# test/servers. They are built once and kept outside of the tree.
+SERVERS := gitea
+
 # Directories that hold crash tests.
 CRASH := $(addsuffix /...,$(wildcard ./test/crash ./runner))
 
 .DEFAULT_GOAL := help
-.PHONY: help build guest demo test cross bench crash fuzz lint release deps engine
+.PHONY: help build guest demo test cross bench crash fuzz lint release deps engine servers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,7 +45,7 @@ guest: # process 1 of a box; mayfly embeds the one of its own architecture
 demo: deps build ## a real job from claim to report, and what is left of it (nothing)
 	go run ./test/demo
 
-test: deps engine guest cross ## every test, with the race detector, as root
+test: deps engine servers guest cross ## every test, with the race detector, as root
 	go vet ./...
 	go test -race -count=1 -timeout=$(TESTTIMEOUT) ./...
 
@@ -49,10 +53,10 @@ cross: # the other architecture compiles, tests included
 	GOARCH=arm64 $(BUILD) ./...
 	CGO_ENABLED=0 GOARCH=arm64 go vet ./...
 
-bench: deps build ## the budgets of the design; JSON to the file that BENCH_JSON names
+bench: deps engine servers build ## the budgets of the design; JSON to the file that BENCH_JSON names
 	go run ./test/bench
 
-crash: deps engine guest ## kill the agent at every point of a job's life and of the recovery
+crash: deps engine servers guest ## kill the agent at every point of a job's life and of the recovery
 	go vet -tags failpoint ./...
 	go test -tags failpoint -count=1 -timeout=$(CRASHTIMEOUT) $(CRASH)
 	go test -tags failpoint -count=1 -timeout=$(CRASHTIMEOUT) ./test/mutants
@@ -71,3 +75,6 @@ deps: # Debian packages; silent and quick when nothing is missing
 
 engine: # a Docker Engine, and what its test image is made with
 	@test/scripts/deps.sh $(ENGINE)
+
+servers: # built once, which takes minutes; silent and quick after that
+	@$(foreach s,$(SERVERS),test/scripts/server.sh $(s) >/dev/null &&) true

@@ -47,7 +47,7 @@ done
 # Tests, and what only tests are built from, may drop an error.
 mapfile -t shipped < <(go list ./... | grep -vE '/test(/|$)|test$')
 check checked
-for script in .ci/run test/scripts/*.sh; do
+for script in .ci/run test/scripts/*.sh test/servers/*/*.sh; do
 	check bash -n "$script"
 done
 exit $failed
