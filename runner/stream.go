@@ -31,6 +31,10 @@ const noticeBytes = 64 << 10
 // noticeMark begins every line that the agent adds to a job's log.
 const noticeMark = "mayfly: "
 
+// reopened is said where a log goes on after a crash: what the agent had in
+// memory only, on its way to the provider, is lost.
+const reopened = "the log was opened again here; what the job printed just before may be missing"
+
 // A stream carries what a job prints: through the mask, into the provider's
 // log. Everything passes here; what cannot be masked is not sent.
 type stream struct {
@@ -309,8 +313,9 @@ func (a *Agent) closeLog(ctx context.Context, p providers.Provider, d journal.De
 	if err != nil {
 		return err
 	}
+	notice := noticeMark + reopened + "\n"
 	if r.Reason != "" {
-		err = log.Write(time.Now(), 0, []byte(noticeMark+r.Reason+"\n"))
+		notice += noticeMark + r.Reason + "\n"
 	}
-	return errors.Join(err, log.Close(ctx))
+	return errors.Join(log.Write(time.Now(), 0, []byte(notice)), log.Close(ctx))
 }
