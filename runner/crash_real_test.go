@@ -101,8 +101,7 @@ func (s *scene) removeCgroups(t *testing.T) {
 	}
 }
 
-// realLeft names boxes, id ranges, control groups, loop devices and roles that
-// are still there.
+// realLeft names boxes, id ranges, control groups and roles that are still there.
 func (s *scene) realLeft() ([]string, error) {
 	state, err := runner.PeekState(filepath.Join(s.Dir, "state"))
 	if err != nil {
@@ -121,6 +120,13 @@ func (s *scene) realLeft() ([]string, error) {
 	for _, l := range leases {
 		left = append(left, "role of "+l.Name)
 	}
+	boxes, err := s.boxesLeft()
+	return append(left, boxes...), err
+}
+
+// boxesLeft is realLeft without the roles.
+func (s *scene) boxesLeft() ([]string, error) {
+	var left []string
 	for _, pattern := range []string{
 		filepath.Join(s.Dir, "native", "boxes", "*"), filepath.Join(s.Dir, "native", "ids", "*"),
 		"/sys/fs/cgroup/*/" + s.cgroup() + "/*/mf-*", "/sys/fs/cgroup/" + s.cgroup() + "/*/mf-*",

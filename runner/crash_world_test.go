@@ -67,11 +67,13 @@ type scene struct {
 	Dir  string
 
 	Postgres realPostgres
-	Engine   string // address of the lane's Docker daemon
 
 	Forge  string            // URL of the instance, if the kind is gitea
 	forge  *fakegitea.Server // the instance itself, in the test's process
 	silent bool              // the kill came before the journal heard of the task
+	Server serverLane        // the real one, if the kind is server
+
+	Engine string // address of the lane's Docker daemon
 
 	daemon *dockertest.Daemon
 }
@@ -81,6 +83,8 @@ func newScene(t *testing.T, kind string, lane int) *scene {
 	s := &scene{Kind: kind, Lane: lane, Dir: filepath.Join(t.TempDir(), "world")}
 	if kind == "real" {
 		s.Postgres = startPostgres(t)
+	}
+	if kind == "real" || kind == "server" {
 		t.Cleanup(func() { s.removeCgroups(t) })
 	}
 	if kind == "docker" {
@@ -97,7 +101,7 @@ func (s *scene) spool(parts ...string) string {
 func (s *scene) prepare(t *testing.T) {
 	t.Helper()
 	say := "print"
-	if s.Kind == "real" || s.Kind == "docker" {
+	if s.Kind != "fake" {
 		say = "echo"
 	}
 	repo := filepath.Join(s.Dir, "repo", ".github", "workflows")
@@ -105,6 +109,9 @@ func (s *scene) prepare(t *testing.T) {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if s.Kind == "server" {
+		return // it has the job
 	}
 	if out, err := exec.Command("git", "init", "-q", filepath.Join(s.Dir, "repo")).CombinedOutput(); err != nil {
 		t.Fatalf("git init: %v: %s", err, out)
@@ -165,8 +172,9 @@ func (s *scene) config(state *runner.State) (runner.Config, error) {
 		return cfg, s.real(&cfg, state)
 	case "docker":
 		return cfg, s.overDocker(&cfg, state)
-	}
-	if s.Kind == "gitea" {
+	case "server":
+		return cfg, s.realServer(&cfg, state)
+	case "gitea":
 		forge, err := s.gitea(state)
 		if err != nil {
 			return cfg, err
@@ -199,6 +207,8 @@ func (s *scene) left() ([]string, error) {
 		more, err = s.realLeft()
 	case "docker":
 		more, err = s.dockerLeft()
+	case "server":
+		more, err = s.boxesLeft()
 	}
 	return append(left, more...), err
 }
