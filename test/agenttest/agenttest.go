@@ -39,6 +39,10 @@ type Config struct {
 	Database *postgrestest.Server // reached by boxes as db.test through the issuer "db"
 	State    string               // directory; "" is below the world's
 	Spool    string               // directory; "" is below the world's
+
+	// Providers and Sandbox are more of these sections of agent.yaml, lines
+	// that are indented by two.
+	Providers, Sandbox string
 }
 
 // A World is one installation of an agent, and a repository with workflows.
@@ -73,8 +77,8 @@ func New(tb testing.TB, c Config) *World {
 	if c.Policy == "" {
 		c.Policy = Policy
 	}
-	agent := fmt.Sprintf("version: 1\nstate: %s\nslots: %d\npolicy: policy.yaml\nproviders:\n  local: {dir: %s}\nsandbox:\n  native: {cgroup: %s}\nlog: {level: info, format: json}\n",
-		w.State, c.Slots, w.Spool, w.Cgroup)
+	agent := fmt.Sprintf("version: 1\nstate: %s\nslots: %d\npolicy: policy.yaml\nproviders:\n  local: {dir: %s}\n%ssandbox:\n  native: {cgroup: %s}\n%slog: {level: info, format: json}\n",
+		w.State, c.Slots, w.Spool, c.Providers, w.Cgroup, c.Sandbox)
 	if w.Database != nil {
 		agent += fmt.Sprintf("issuers:\n  db: {type: postgres, host: 127.0.0.1, port: %d, database: postgres, user: postgres, password_file: db.pass, sslmode: disable, job_host: db.test}\n", w.Database.Port())
 		Must(tb, os.WriteFile(filepath.Join(dir, "db.pass"), []byte(w.Database.Password()), 0o600))
