@@ -60,6 +60,7 @@ func parts() []part {
 		{"masking", masking},
 		{"gateway", throughGateway},
 		{"fsyncs", fsyncs},
+		{"peers", peers},
 	}
 }
 

@@ -179,12 +179,17 @@ type agent struct {
 // start starts an agent with a state of its own. base is a directory that its
 // boxes see too, "" is none.
 func (w *world) start(name string, slots int, base string) (*agent, error) {
-	a := &agent{world: w, state: w.path(name), ended: make(chan struct{})}
-	config := w.path(name + ".yaml")
-	text := fmt.Sprintf(configText, a.state, slots, w.dir, base, w.postgres.Port())
-	if err := errors.Join(os.Mkdir(a.state, 0o700), os.WriteFile(config, []byte(text), 0o600)); err != nil {
+	state, config := w.path(name), w.path(name+".yaml")
+	text := fmt.Sprintf(configText, state, slots, w.dir, base, w.postgres.Port())
+	if err := errors.Join(os.Mkdir(state, 0o700), os.WriteFile(config, []byte(text), 0o600)); err != nil {
 		return nil, err
 	}
+	return w.launch(state, config)
+}
+
+// launch starts an agent that is configured.
+func (w *world) launch(state, config string) (*agent, error) {
+	a := &agent{world: w, state: state, ended: make(chan struct{})}
 	a.cmd = exec.Command(w.bin, "agent", "--config", config)
 	a.cmd.Stdout, a.cmd.Stderr = &a.log, &a.log
 	if err := a.cmd.Start(); err != nil {

@@ -21,6 +21,7 @@ type PeerConfig struct {
 	Name     string
 	Label    string // in runs-on; "" is the name
 	Image    string // Docker image of the jobs; "" runs them on the host
+	Docker   string // address of the daemon that runs the image
 	Capacity int    // jobs at once; 0 is 1
 	Once     bool   // an ephemeral runner: one job, and the server forgets it
 
@@ -91,6 +92,9 @@ func (s *Server) StartPeer(ctx context.Context, c PeerConfig) (*Peer, error) {
 		return nil, fmt.Errorf("gitea-runner register: %w: %s", err, tail(string(out)))
 	}
 	p := &Peer{cmd: s.peer(dir, "--config", config, "daemon"), done: make(chan struct{})}
+	if c.Docker != "" {
+		p.cmd.Env = append(p.cmd.Env, "DOCKER_HOST="+c.Docker)
+	}
 	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	started := make(chan error, 1)
@@ -111,9 +115,6 @@ func (s *Server) peer(dir string, args ...string) *exec.Cmd {
 	cmd := exec.Command(s.Runner(), args...)
 	cmd.Dir = dir
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir}
-	if host := os.Getenv("DOCKER_HOST"); host != "" {
-		cmd.Env = append(cmd.Env, "DOCKER_HOST="+host)
-	}
 	return cmd
 }
 
