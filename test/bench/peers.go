@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/mayfly-ci/mayfly/test/dockertest"
 	"github.com/mayfly-ci/mayfly/test/giteatest"
 )
 
@@ -85,6 +86,7 @@ type gitea struct {
 	world  *world
 	server *giteatest.Server
 	repo   *giteatest.Repository
+	docker *dockertest.Daemon
 	watch  *watch
 }
 
@@ -99,6 +101,9 @@ func newGitea(ctx context.Context, w *world) (g *gitea, err error) {
 		return g, err
 	}
 	if g.repo, err = g.server.NewRepository(ctx, "bench"); err != nil {
+		return g, err
+	}
+	if g.docker, err = dockertest.New(ctx, w.path("docker")); err != nil {
 		return g, err
 	}
 	files := map[string]string{}
@@ -131,6 +136,9 @@ func (g *gitea) close() error {
 	if g.server != nil {
 		err = errors.Join(err, g.server.Close())
 	}
+	if g.docker != nil {
+		err = errors.Join(err, g.docker.Close())
+	}
 	return err
 }
 
@@ -152,11 +160,13 @@ func (g *gitea) contestants() []*contestant {
 		peer := func(where, image string) {
 			label := "peer-" + where + labelSuffix
 			all = append(all, &contestant{name: "gitea-runner, " + where + suffix, label: label, tuned: tuned, start: func(ctx context.Context, name string) (running, error) {
-				return g.server.StartPeer(ctx, giteatest.PeerConfig{Name: name, Label: label, Image: image, Capacity: capacity, Tuned: tuned})
+				return g.server.StartPeer(ctx, giteatest.PeerConfig{Name: name, Label: label, Image: image, Docker: g.docker.Host(), Capacity: capacity, Tuned: tuned})
 			}})
 		}
 		mayfly("native", "")
 		peer("host", "")
+		mayfly("docker", fmt.Sprintf("image: %q, host: %q", dockertest.Debian, g.docker.Host()))
+		peer("docker", dockertest.Debian)
 	}
 	return all
 }

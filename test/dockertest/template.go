@@ -26,6 +26,13 @@ const suite = "bookworm"
 // packages of the image beside the essential ones.
 const packages = "bash,ca-certificates,curl,gcc,git,libc6-dev,make,python3"
 
+// Prepare makes the images if they are not there, which takes minutes and the
+// network, once. It is for TestMain of tests that run without either.
+func Prepare() error {
+	_, err := template(context.Background())
+	return err
+}
+
 // template is the data directory of a daemon that has the images. Whoever is
 // first makes it, the others wait; renaming makes it appear whole.
 func template(ctx context.Context) (_ string, err error) {

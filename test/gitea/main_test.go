@@ -4,6 +4,7 @@ package gitea_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -12,11 +13,12 @@ import (
 	"time"
 
 	"github.com/mayfly-ci/mayfly/test/agenttest"
+	"github.com/mayfly-ci/mayfly/test/dockertest"
 	"github.com/mayfly-ci/mayfly/test/giteatest"
 )
 
 func TestMain(m *testing.M) {
-	if err := giteatest.Prepare(); err != nil {
+	if err := errors.Join(giteatest.Prepare(), dockertest.Prepare()); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
@@ -35,6 +37,9 @@ type engine struct {
 func engines() []engine {
 	return []engine{
 		{"native", func(*testing.T) string { return "" }},
+		{"docker", func(t *testing.T) string {
+			return fmt.Sprintf("  docker: {image: %q, host: %q}\n", dockertest.Debian, dockertest.Start(t).Host())
+		}},
 	}
 }
 
