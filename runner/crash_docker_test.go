@@ -35,15 +35,20 @@ func (s *scene) startEngine(t *testing.T) {
 	s.Engine = s.daemon.Host()
 }
 
-func (s *scene) overDocker(cfg *runner.Config, state *runner.State) error {
+// dockerRuntime is the runtime of a lane that has a daemon.
+func (s *scene) dockerRuntime(owner string) (sandbox.Runtime, error) {
 	program, err := guest.Binary()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	runtime, err := docker.New(docker.Config{
-		StateDir: filepath.Join(s.Dir, "docker"), Owner: state.Owner, Guest: program, Trace: failpoint.Here,
+	return docker.New(docker.Config{
+		StateDir: filepath.Join(s.Dir, "docker"), Owner: owner, Guest: program, Trace: failpoint.Here,
 		Host: s.Engine, Image: dockertest.Debian,
 	})
+}
+
+func (s *scene) overDocker(cfg *runner.Config, state *runner.State) error {
+	runtime, err := s.dockerRuntime(state.Owner)
 	if err != nil {
 		return err
 	}

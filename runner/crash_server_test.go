@@ -48,7 +48,7 @@ func (s *scene) realServer(cfg *runner.Config, state *runner.State) error {
 	if err != nil {
 		return err
 	}
-	box, err := s.runtime(state.Owner)
+	box, err := s.serverRuntime(state.Owner)
 	if err != nil {
 		return err
 	}
@@ -57,6 +57,13 @@ func (s *scene) realServer(cfg *runner.Config, state *runner.State) error {
 	cfg.Issuers = map[string]creds.Issuer{"pg": fileIssuer(filepath.Join(s.Dir, "leases"))}
 	cfg.Gateway = noGateway{}
 	return nil
+}
+
+func (s *scene) serverRuntime(owner string) (sandbox.Runtime, error) {
+	if s.Engine != "" {
+		return s.dockerRuntime(owner)
+	}
+	return s.runtime(owner)
 }
 
 // offer puts one job on offer and waits until the server would hand it out.
@@ -145,7 +152,14 @@ func (s *scene) checkServer(ctx context.Context, t *testing.T, how string, run i
 }
 
 // TestCrashServer is TestCrashGitea with a real Gitea, over the native box.
-func TestCrashServer(t *testing.T) {
+func TestCrashServer(t *testing.T) { crashServer(t, func(*scene) {}) }
+
+// TestCrashServerDocker is the same over boxes of Docker.
+func TestCrashServerDocker(t *testing.T) {
+	crashServer(t, func(s *scene) { s.startEngine(t) })
+}
+
+func crashServer(t *testing.T, equip func(*scene)) {
 	server := giteatest.Start(t, giteatest.Config{Settings: serverSettings})
 	token, err := server.RegistrationToken(t.Context())
 	if err != nil {
@@ -154,7 +168,9 @@ func TestCrashServer(t *testing.T) {
 	lanes := max(2, runtime.NumCPU())
 	free := make(chan *scene, lanes)
 	for lane := range lanes {
-		free <- newServerScene(t, server, token, lane)
+		s := newServerScene(t, server, token, lane)
+		equip(s)
+		free <- s
 	}
 	first := <-free
 	points := serverTrial(t, first, "", "", true)
@@ -165,13 +181,13 @@ func TestCrashServer(t *testing.T) {
 	}
 	// The other crash tests kill a recovery everywhere, after a kill anywhere.
 	// Here it is killed where it speaks with the server, after a kill where the
-	// job did, or at its end.
+	// job did, or at its end; over Docker once.
 	silent := unheard(points)
 	doubles := parallel(points, free, func(s *scene, i int) int {
 		s.silent = slices.Contains(silent, points[i])
 		n, spoke := 0, strings.HasPrefix(points[i], "gitea.") || i == end
 		for _, again := range serverTrial(t, s, points[i], "", i >= end) {
-			if spoke && strings.HasPrefix(again, "gitea.") && os.Getenv("MAYFLY_CRASH") != "single" {
+			if spoke && s.Engine == "" && strings.HasPrefix(again, "gitea.") && os.Getenv("MAYFLY_CRASH") != "single" {
 				serverTrial(t, s, points[i], again, i >= end)
 				n++
 			}

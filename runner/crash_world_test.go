@@ -208,7 +208,9 @@ func (s *scene) left() ([]string, error) {
 	case "docker":
 		more, err = s.dockerLeft()
 	case "server":
-		more, err = s.boxesLeft()
+		if more, err = s.boxesLeft(); s.Engine != "" {
+			more, err = s.dockerLeft()
+		}
 	}
 	return append(left, more...), err
 }
