@@ -58,11 +58,12 @@ func (c *crowd) serve(ctx context.Context, provider string, dice *rand.Rand) {
 	var jobs sync.WaitGroup
 	defer jobs.Wait()
 	for range c.each {
+		turn := &turn{slots: c.slots, party: party{provider: provider}}
 		c.mu.Lock()
-		asked := c.clock
+		asked := c.clock // under the lock of the queue: others go on before and after
+		c.enqueue(turn)
 		c.mu.Unlock()
-		turn, ok := c.take(ctx, provider)
-		if !ok {
+		if err := turn.wait(ctx); err != nil {
 			c.t.Errorf("%s starves: no slot in an hour", provider)
 			return
 		}
