@@ -6,7 +6,8 @@
 // box whose process 1 is the Mayfly guest. All runtimes pass the suite in
 // sandbox/sandboxtest, isolation claims included.
 //
-// The package imports the standard library only.
+// The package imports the standard library, and creds for the type Secret: what
+// an image is pulled with is one (docs/adr/0013).
 package sandbox
 
 import (
@@ -15,6 +16,8 @@ import (
 	"io"
 	"os"
 	"time"
+
+	"github.com/mayfly-ci/mayfly/creds"
 )
 
 var (
@@ -28,6 +31,10 @@ var (
 
 	// ErrDied reports that the box ended while something was asked of it.
 	ErrDied = errors.New("sandbox died")
+
+	// ErrImage reports an image that may not be used: absent where nothing may
+	// be pulled, not what its digest says, or made to harm whoever unpacks it.
+	ErrImage = errors.New("image refused")
 )
 
 // Limits bound what a box may use. Zero means the runtime's default, which is
@@ -43,11 +50,30 @@ type Limits struct {
 // A Spec says what to build. The zero value of every field is the safe one: a
 // box without network, with default limits, over the host's base system.
 type Spec struct {
-	Labels  Labels
-	Image   string // "" is the runtime's base
-	Limits  Limits
-	Expires time.Time // the box kills itself then, whatever became of the agent
+	Labels Labels
+	// Image is Image.Ref as Pull returned it; "" is the runtime's base. Of a
+	// Puller, Create asks no registry.
+	Image     string
+	Isolation Isolation
+	Limits    Limits
+	Expires   time.Time // the box kills itself then, whatever became of the agent
+	Mounts    []Mount   // at most 4
 }
+
+// An Isolation is the wall between a box and the kernel of the machine.
+type Isolation string
+
+// Isolations. A runtime refuses one that it does not have with ErrUnsupported.
+const (
+	Kernel Isolation = ""       // namespaces and a system call filter of the machine's own kernel
+	GVisor Isolation = "gvisor" // a kernel of its own in user space (runsc)
+)
+
+// A Mount is a directory of the host that a box sees, always read-only, without
+// set-user-ID programs and devices. What root of the box may read there is what
+// others may, or, where the runtime maps ids, all of it: it must hold no secret
+// that the job may not have.
+type Mount struct{ Source, Target string } // absolute and clean, on the host and in the box
 
 // Labels are how a box is found again when the journal is lost.
 type Labels struct {
@@ -84,6 +110,38 @@ type Runtime interface {
 	// The box that it makes for this is named with CheckPrefix and expires
 	// within a minute.
 	Check(ctx context.Context) ([]Claim, error)
+}
+
+// A Puller is a Runtime whose boxes can be made of other images than its base.
+type Puller interface {
+	// Pull makes an image ready for Create and says what it is. It may be called
+	// for the same image at once and again; what is there and named by digest
+	// asks nobody. It returns ErrImage for one that may not be used.
+	Pull(ctx context.Context, p Pull) (Image, error)
+}
+
+// A Pull says which image is wanted and who asks for it.
+type Pull struct {
+	Image string // as a person writes it: debian:12, registry.example/a/b@sha256:…
+	// User and Password are for the registry of that name, and sent to nobody
+	// else, redirections included. Empty is anonymous.
+	User     string
+	Password creds.Secret
+}
+
+// An Image is what a box can be made of.
+type Image struct {
+	Ref    string // names exactly this content in Spec.Image
+	Digest string // "sha256:…" of the manifest for this machine, or of what the runtime has of it
+	Size   int64  // bytes that this Pull transferred; 0 if it was there
+
+	// What the image asks for: variables that every process gets, and the
+	// process that it is for. The guest is process 1 all the same.
+	Env        []string
+	Entrypoint []string
+	Cmd        []string
+	User       string // name or id, and group behind a colon
+	Dir        string
 }
 
 // A Claim is one line of what a runtime enforces on this machine.

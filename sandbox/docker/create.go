@@ -88,6 +88,9 @@ func (r *Runtime) create(ctx context.Context, name string, s sandbox.Spec) (*box
 	if s.Limits, err = kernel.Limits(s.Limits, r.cfg.Limits); err != nil {
 		return nil, err
 	}
+	if s.Isolation != sandbox.Kernel || len(s.Mounts) > 0 {
+		return nil, fmt.Errorf("isolation %q and %d mounts: %w", s.Isolation, len(s.Mounts), sandbox.ErrUnsupported)
+	}
 	if s.Image == "" {
 		s.Image = r.cfg.Image
 	}

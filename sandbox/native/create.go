@@ -46,6 +46,9 @@ func (r *Runtime) Create(ctx context.Context, name string, s sandbox.Spec) (sand
 	if s.Image != "" {
 		return nil, fmt.Errorf("native: image %q: boxes have the host's base only: %w", s.Image, sandbox.ErrUnsupported)
 	}
+	if s.Isolation != sandbox.Kernel || len(s.Mounts) > 0 {
+		return nil, fmt.Errorf("native: isolation %q and %d mounts: %w", s.Isolation, len(s.Mounts), sandbox.ErrUnsupported)
+	}
 	base, err := r.base(ctx, s.Limits)
 	if err != nil {
 		return nil, fmt.Errorf("native: %w", err)
