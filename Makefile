@@ -24,7 +24,7 @@ ENGINE := busybox-static debootstrap docker.io
 
 # Real servers that the tests and the benchmark run against, each a directory of
 # test/servers. They are built once and kept outside of the tree.
-SERVERS := gitea
+SERVERS := gitea containerd dockerd runsc
 
 # Directories that hold crash tests.
 CRASH := $(addsuffix /...,$(wildcard ./test/crash ./runner))
