@@ -20,9 +20,9 @@ import (
 //	claim ─┬─ admit (policy; holds nothing), and its repository's turn
 //	       ├─ plan intent: the names of all that follows, in one write
 //	       └─ gateway ─┬
-//	                   └─ box ── attach ─┬
-//	                                     └─ leases ─┬
-//	                                                └─ step: rules, leases, run
+//	                   └─ box ── attach, attest ─┬
+//	                                             └─ leases ─┬
+//	                                                        └─ step: rules, leases, run
 //	released:  step's leases and rules, before the next step
 //	           leases (refused at their issuer) → box → gateway → claim (= report)
 //	kept:      the box of a failed job, if its plan says so, until its time is over
@@ -139,12 +139,17 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 		return providers.Result{}, fmt.Errorf("attach: %w", err)
 	}
 	l.clock.mark("attach")
+	if err := l.attest(ctx, box, sockets, attestBefore); err != nil {
+		return providers.Result{}, err
+	}
+	l.clock.mark("attest")
 
 	l.steps = newSteps(l, box, plan, deadline)
 	if err := l.steps.issue(ctx, ""); err != nil {
 		return providers.Result{}, err
 	}
-	return l.steps.run(ctx, alive)
+	result, err := l.steps.run(ctx, alive)
+	return result, errors.Join(err, l.attestEnd(alive, box, sockets))
 }
 
 // debts names all that the plan will acquire, in the order of acquisition.

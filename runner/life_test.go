@@ -26,9 +26,9 @@ func TestLifeInOrder(t *testing.T) {
 		t.Errorf("got %+v, want success; log:\n%s", r, w.shown())
 	}
 	want := []string{
-		"claim", "open", "box.create", "attach", "issue", "box.run", // the first step
+		"claim", "open", "box.create", "attach", "box.probe", "issue", "box.run", // the first step
 		"open", "issue", "box.run", "revoke", "probe", "close", // the step with a scope of its own
-		"box.run", "revoke", "probe", "box.destroy", "close", "log.close", "complete",
+		"box.run", "box.probe", "revoke", "probe", "box.destroy", "close", "log.close", "complete",
 	}
 	if got := w.happened(); !slices.Equal(got, want) {
 		t.Errorf("order:\n got %v\nwant %v", got, want)
@@ -47,8 +47,8 @@ func TestLifeInOrder(t *testing.T) {
 func TestEveryCallFails(t *testing.T) {
 	t.Parallel()
 	calls := []string{
-		"claim", "open", "box.create", "attach", "issue", "box.run", "revoke", "probe", "box.destroy", "close",
-		"log.close", "complete", "audit.job.admit", "audit.lease.request", "audit.lease.issue", "audit.lease.revoke",
+		"claim", "open", "box.create", "attach", "box.probe", "issue", "box.run", "revoke", "probe", "box.destroy", "close",
+		"log.close", "complete", "audit.job.admit", "audit.box.attest", "audit.lease.request", "audit.lease.issue", "audit.lease.revoke",
 		"audit.job.end", "audit.job.complete",
 	}
 	for _, call := range calls {

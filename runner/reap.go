@@ -104,7 +104,7 @@ func (a *Agent) reapLoop(ctx context.Context) {
 		for _, o := range gone {
 			a.cfg.Log.Warn().Str("kind", o.Kind).Str("name", o.Name).Msg("reaped what no journal knew")
 		}
-		if !pause(ctx, a.cfg.ReapEvery) {
+		if !pause(ctx, reapEvery) {
 			return
 		}
 	}

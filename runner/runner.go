@@ -26,6 +26,7 @@ import (
 	"github.com/mayfly-ci/mayfly/runner/policy"
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
+	"github.com/mayfly-ci/mayfly/sandbox/wall"
 )
 
 // Why a job's context ended. The cause picks the result, nothing else does.
@@ -39,15 +40,15 @@ var (
 
 // Defaults, each with its reason.
 const (
-	// defaultRelease bounds one pass over the debts of a job. Destroying a box
+	// releaseTimeout bounds one pass over the debts of a job. Destroying a box
 	// takes 10 ms and revoking a role as much; a minute covers an issuer that
 	// restarts.
-	defaultRelease = time.Minute
-	// defaultStuck is how long a result is held back by what cannot be
+	releaseTimeout = time.Minute
+	// stuckAfter is how long a result is held back by what cannot be
 	// released (docs/adr/0005).
-	defaultStuck = 2 * time.Minute
-	// defaultReap is the period of the second net.
-	defaultReap = time.Minute
+	stuckAfter = 2 * time.Minute
+	// reapEvery is the period of the second net.
+	reapEvery = time.Minute
 )
 
 // errPeeked guards what changes the world against a state that was opened for
@@ -70,10 +71,8 @@ type Config struct {
 	Drain  time.Duration // how long the first signal waits for running jobs; 0 is until they end
 	Quotas Quotas
 
-	ReleaseTimeout time.Duration // 0 is a minute
-	StuckAfter     time.Duration // 0 is two minutes
-	ReapEvery      time.Duration // 0 is a minute
-	Once           bool          // return after one job, for "mayfly exec"
+	Once   bool         // return after one job, for "mayfly exec"
+	Canary *wall.Canary // what boxes must not reach on this host; nil is none
 }
 
 // An Agent runs jobs. Make one with New, call Run once.
@@ -111,18 +110,9 @@ func New(cfg Config, state *State) (*Agent, error) {
 	if err := errors.Join(errs...); err != nil {
 		return nil, fmt.Errorf("agent: %w", err)
 	}
-	orDefault(&cfg.ReleaseTimeout, defaultRelease)
-	orDefault(&cfg.StuckAfter, defaultStuck)
-	orDefault(&cfg.ReapEvery, defaultReap)
 	a := &Agent{cfg: cfg, state: state, slots: newSlots(cfg.Slots, cfg.Quotas), polls: newPolls(cfg.Providers), jobs: map[string]bool{}}
 	a.rules.Store(cfg.Policy)
 	return a, nil
-}
-
-func orDefault(d *time.Duration, v time.Duration) {
-	if *d <= 0 {
-		*d = v
-	}
 }
 
 // Run recovers what an earlier life left, and takes jobs until drain ends; then

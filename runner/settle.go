@@ -23,7 +23,7 @@ const (
 const probeFirst = 5 * time.Millisecond
 
 // settle releases everything that the log owes, however long it takes. If it
-// takes longer than StuckAfter, the service is told the true result although
+// takes longer than stuckAfter, the service is told the true result although
 // something of the job is left, the audit says so, and the agent takes no more
 // jobs while a box is among it (docs/adr/0005). It gives up only when ctx ends;
 // the next life goes on.
@@ -46,7 +46,7 @@ func (a *Agent) settle(ctx context.Context, log *journal.Log, out *stream) error
 			return log.Close()
 		}
 		a.cfg.Log.Error().Err(err).Str("job", log.Job).Dur("retry_in", wait).Msg("release")
-		switch late := time.Since(begun) > a.cfg.StuckAfter; {
+		switch late := time.Since(begun) > stuckAfter; {
 		case late && (owed(log, kindLease) || owed(log, kindGateway)) && a.kept.leave(log.Job, "something else of the job cannot be released"):
 			out.notice(-1, "the box is not kept: something else of the job cannot be released")
 		case late:
@@ -86,7 +86,7 @@ func (a *Agent) reportLate(ctx context.Context, log *journal.Log, out *stream, w
 // detached is a context for what must be done although the job has ended, and
 // must not take for ever.
 func (a *Agent) detached(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.WithoutCancel(ctx), a.cfg.ReleaseTimeout)
+	return context.WithTimeout(context.WithoutCancel(ctx), releaseTimeout)
 }
 
 // probe uses a revoked lease until its provider refuses it, or ctx ends.

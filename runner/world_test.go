@@ -31,6 +31,7 @@ import (
 // A world is everything outside the agent, in memory but for the boxes: it
 // remembers what exists, in which order things went, and who was told what.
 type world struct {
+	probed  func([]sandbox.Outcome) // of each look at a box, to be changed
 	t       *testing.T
 	dir     string
 	boxes   *sandboxtest.Fake
@@ -399,6 +400,14 @@ func (b worldBox) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, err
 	b.w.deploy = append(b.w.deploy, string(key))
 	b.w.mu.Unlock()
 	return b.Sandbox.Run(ctx, p)
+}
+
+func (b worldBox) Probe(ctx context.Context, attempts []sandbox.Attempt) ([]sandbox.Outcome, error) {
+	outcomes, err := b.Sandbox.(sandbox.Prober).Probe(ctx, attempts)
+	if err == nil && b.w.probed != nil {
+		b.w.probed(outcomes)
+	}
+	return outcomes, err
 }
 
 func (b worldBox) Put(ctx context.Context, dir string, r io.Reader) error {

@@ -14,6 +14,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net/netip"
 	"os"
 	"time"
 
@@ -181,6 +182,30 @@ type Sandbox interface {
 	// Get returns the content of a regular file of the box, at most max
 	// bytes. It follows no link. An absent file is fs.ErrNotExist.
 	Get(ctx context.Context, path string, max int64) ([]byte, error)
+}
+
+// A Prober is a Sandbox that can be looked at from inside. All real ones are.
+type Prober interface {
+	// Probe has process 1 try things, in order, and says what became of each. A
+	// step could do no more: it has the same rights. It may be called at any
+	// time, also while a step runs, and not twice at once.
+	Probe(ctx context.Context, attempts []Attempt) ([]Outcome, error)
+}
+
+// An Attempt is something to try with a socket: "tcp" and "udp" connect to
+// Address and send Text, and "udp" waits for an answer; "raw", "packet" and
+// "vsock" only make a socket of that family.
+type Attempt struct {
+	Network string
+	Address netip.AddrPort
+	Text    []byte // at most 512 bytes
+}
+
+// An Outcome is what became of an attempt: the error of the system (nil if it
+// went through, ETIMEDOUT if nothing came of it), and the answer to a datagram.
+type Outcome struct {
+	Err   error
+	Reply []byte
 }
 
 // A Process is a command to run in a box.

@@ -82,8 +82,9 @@ func (w *wiring) shells(ctx context.Context, agent *runner.Agent) (func(), error
 	return func() { cancel(); serving.Wait() }, nil
 }
 
-// probe makes one box of each runtime before the first job does: a machine that
-// cannot hold a box takes no jobs, and the first job finds the base ready.
+// probe makes boxes of each runtime before the first job does: a machine that
+// cannot hold a box, or whose boxes reach something, takes no jobs, and the first
+// job finds the base ready.
 func (w *wiring) probe(ctx context.Context) error {
 	for name, runtime := range w.agent.Runtimes {
 		if err := dropChecks(ctx, runtime); err != nil {
@@ -91,6 +92,9 @@ func (w *wiring) probe(ctx context.Context) error {
 		}
 		claims, err := runtime.Check(ctx)
 		if err != nil {
+			return fmt.Errorf("runtime %s: %w", name, err)
+		}
+		if _, err := w.look(ctx, runtime); err != nil {
 			return fmt.Errorf("runtime %s: %w", name, err)
 		}
 		for _, c := range claims {

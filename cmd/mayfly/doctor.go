@@ -108,7 +108,7 @@ func (w *wiring) examine() []finding {
 	ctx := context.Background()
 	var fs []finding
 	for _, name := range slices.Sorted(maps.Keys(w.agent.Runtimes)) {
-		fs = append(fs, examineRuntime(ctx, name, w.agent.Runtimes[name])...)
+		fs = append(fs, w.examineRuntime(ctx, name, w.agent.Runtimes[name])...)
 	}
 	for _, name := range slices.Sorted(maps.Keys(w.agent.Issuers)) {
 		ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
@@ -147,7 +147,8 @@ func examineProvider(ctx context.Context, name string, p providers.Provider) fin
 	return finding{"provider " + name, "reachable", stateOK, detail}
 }
 
-func examineRuntime(ctx context.Context, name string, r sandbox.Runtime) []finding {
+// examineRuntime asks a runtime what it enforces, and tries its wall from inside.
+func (w *wiring) examineRuntime(ctx context.Context, name string, r sandbox.Runtime) []finding {
 	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
 	defer cancel()
 	about := "runtime " + name
@@ -161,9 +162,13 @@ func examineRuntime(ctx context.Context, name string, r sandbox.Runtime) []findi
 		fs = append(fs, f)
 	}
 	if err != nil {
-		fs = append(fs, finding{about, "usable", stateMissing, err.Error()})
+		return append(fs, finding{about, "usable", stateMissing, err.Error()})
 	}
-	return fs
+	seen, err := w.look(ctx, r)
+	if err != nil {
+		return append(fs, finding{about, "wall from inside", stateMissing, err.Error()})
+	}
+	return append(fs, finding{about, "wall from inside", stateOK, seen})
 }
 
 func (w *wiring) examineState() []finding {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -25,6 +26,7 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox/egress/gateway"
 	"github.com/mayfly-ci/mayfly/sandbox/guest"
 	"github.com/mayfly-ci/mayfly/sandbox/native"
+	"github.com/mayfly-ci/mayfly/sandbox/wall"
 )
 
 // This is the only file that knows every implementation.
@@ -214,7 +216,13 @@ func (w *wiring) gateway() error {
 	if own, ok := w.config.Monitor.AddrPort(); ok {
 		c.Never = append(c.Never, own) // also for "mayfly exec" beside the agent
 	}
-	w.agent.Gateway, err = gateway.New(c)
+	if w.agent.Gateway, err = gateway.New(c); err != nil {
+		return err
+	}
+	w.agent.Canary, err = wall.Listen(context.Background())
+	if err == nil {
+		w.closers = append(w.closers, w.agent.Canary.Close)
+	}
 	return err
 }
 

@@ -70,7 +70,8 @@ func (c Config) validate() (Config, error) {
 }
 
 // A Client drives one guest. Its methods may be called by several goroutines:
-// one Run at a time, and beside it Put and Get, which wait for each other.
+// one Run and one Probe at a time, and beside them Put and Get, which wait for
+// each other.
 type Client struct {
 	conn   io.ReadWriteCloser
 	reader *wire.Reader
@@ -81,10 +82,11 @@ type Client struct {
 	done   chan struct{} // closed when the guest is dead
 	ended  chan struct{} // closed when the reading goroutine has returned
 
-	mu       sync.Mutex // guards what follows
-	err      error      // why the guest is dead
-	process  *process   // what Run is following, or nil
-	transfer *transfer  // what Put or Get is waiting for, or nil
+	mu       sync.Mutex          // guards what follows
+	err      error               // why the guest is dead
+	process  *process            // what Run is following, or nil
+	transfer *transfer           // what Put or Get is waiting for, or nil
+	probed   chan []wire.Outcome // what Probe is waiting for, or nil
 }
 
 // New waits for the hello of the guest at the other end of conn and returns its
@@ -214,6 +216,8 @@ func (c *Client) dispatch(t wire.Type, p []byte) error {
 			return fmt.Errorf("%w: type %d, but no transfer is under way", wire.ErrFrame, t)
 		}
 		return c.transfer.receive(t, p)
+	case wire.Probed:
+		return c.receiveProbed(p)
 	default:
 		return fmt.Errorf("%w: second hello", wire.ErrFrame)
 	}

@@ -93,6 +93,7 @@ func FuzzClient(f *testing.F) {
 	f.Add(append(part(wire.AppendExit(nil, 3, 0), wire.AppendResult(nil, wire.Refused, "no")), part(wire.AppendFrame(nil, wire.FileData, "abc"), wire.AppendResult(nil, wire.OK, ""))...))
 	f.Add(part(wire.AppendFrame(nil, wire.FileData, strings.Repeat("x", 200))))
 	f.Add(append(part(wire.AppendUint32(nil, wire.InputGrant, 6), wire.AppendExit(nil, 3, 0)), part(wire.AppendUint32(nil, wire.InputGrant, 1<<31))...))
+	f.Add(append(part(wire.AppendProbed(nil, []wire.Outcome{{Errno: 111, Reply: "x"}}), wire.AppendExit(nil, 3, 0)), part(wire.AppendProbed(nil, nil))...))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		if len(data) > 1<<20 {
 			return
@@ -120,6 +121,11 @@ func FuzzClient(f *testing.F) {
 				in <- make([]byte, wire.Window)
 				close(in)
 				p.Stdin, p.TTY = in, &sandbox.TTY{}
+			}
+			outcomes, err := c.Probe(ctx, []sandbox.Attempt{{Network: "raw"}})
+			bounded(err)
+			if err == nil && len(outcomes) != 1 {
+				t.Errorf("probe: got %d outcomes of 1 attempt", len(outcomes))
 			}
 			exit, err := c.Run(ctx, p)
 			bounded(err)

@@ -22,6 +22,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
@@ -44,7 +45,7 @@ type Fake struct {
 	Dir   string
 	Trace func(point string) // called between effects; nil is none
 	// Fail, if set, is asked before each call ("create", "destroy", "list",
-	// "run", and "alone" for a process that is to be) and its error returned.
+	// "run", "probe", and "alone" for a process that is to be) and its error returned.
 	Fail func(call, name string) error
 
 	mu sync.Mutex
@@ -148,6 +149,27 @@ type fakeBox struct {
 
 func (b *fakeBox) Attach(ctx context.Context) (sandbox.Sockets, error) {
 	return sandbox.Sockets{}, ctx.Err()
+}
+
+// Probe finds everything refused, and no name known.
+func (b *fakeBox) Probe(ctx context.Context, attempts []sandbox.Attempt) ([]sandbox.Outcome, error) {
+	if err := errors.Join(ctx.Err(), b.fake.fail("probe", b.name)); err != nil {
+		return nil, err
+	}
+	outcomes := make([]sandbox.Outcome, len(attempts))
+	for i, a := range attempts {
+		switch {
+		case a.Address.Port() == 53 && len(a.Text) > 3:
+			outcomes[i].Reply = bytes.Clone(a.Text)
+			outcomes[i].Reply[2] |= 0x80 // an answer
+			outcomes[i].Reply[3] |= 3    // NXDOMAIN
+		case a.Address.IsValid():
+			outcomes[i].Err = syscall.ECONNREFUSED
+		default:
+			outcomes[i].Err = syscall.EPERM
+		}
+	}
+	return outcomes, nil
 }
 
 func (b *fakeBox) Put(ctx context.Context, dir string, r io.Reader) error {

@@ -13,11 +13,13 @@ import (
 	"time"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/wall"
 )
 
 func isolationClauses() []clause {
 	return []clause{
 		{"no socket reaches the host", "network", checkSockets},
+		{"process 1 reaches nothing either", "network", checkLook},
 		{"no process of the host is visible", "namespaces", checkProcesses},
 		{"no file of the host is visible", "namespaces", checkFiles},
 		{"no environment of the host is visible", "namespaces", checkEnviron},
@@ -61,6 +63,28 @@ func checkSockets(ctx context.Context, h Harness) error {
 			return errors.New("the box reaches the host")
 		}
 		return nil
+	})
+}
+
+// checkLook has process 1 try what the agent has it try before each job.
+func checkLook(ctx context.Context, h Harness) error {
+	return h.within(ctx, func(b *box) (err error) {
+		canary, err := wall.Listen(ctx)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, canary.Close()) }()
+		prober, ok := b.Sandbox.(sandbox.Prober)
+		if !ok {
+			return errors.New("the box is no Prober")
+		}
+		for _, bad := range [][]sandbox.Attempt{make([]sandbox.Attempt, 1), {{Network: "tcp"}}, {{Network: "carrier pigeon"}}} {
+			if _, err := prober.Probe(ctx, bad); err == nil || errors.Is(err, sandbox.ErrDied) {
+				return fmt.Errorf("probe %+v: got %v, want an error, and the box alive", bad, err)
+			}
+		}
+		_, err = wall.NewLook().Run(ctx, b.Sandbox, wall.Options{Canary: canary})
+		return err
 	})
 }
 

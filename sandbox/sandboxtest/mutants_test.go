@@ -336,6 +336,13 @@ func isolationMutants() []mutant {
 				return b.Run(ctx, p)
 			}
 		}},
+		{"process 1 reaches nothing either", func(w *world) {
+			w.probed = func(o []sandbox.Outcome) {
+				if len(o) > 0 {
+					o[0].Err = nil
+				}
+			}
+		}},
 		{"no process of the host is visible", func(w *world) {
 			w.run = rewrite(func(p sandbox.Process, out []byte) []byte {
 				if len(p.Args) > 2 && strings.Contains(p.Args[2], "cmdline") {

@@ -32,6 +32,7 @@ type world struct {
 	list    func(ctx context.Context) ([]sandbox.Info, error)
 	check   func(ctx context.Context) ([]sandbox.Claim, error)
 	attach  func(ctx context.Context, b sandbox.Sandbox) (sandbox.Sockets, error)
+	probed  func([]sandbox.Outcome)
 	run     func(ctx context.Context, b sandbox.Sandbox, p sandbox.Process) (sandbox.Exit, error)
 	put     func(ctx context.Context, b sandbox.Sandbox, dir string, r io.Reader) error
 	get     func(ctx context.Context, b sandbox.Sandbox, name string, limit int64) ([]byte, error)
@@ -83,6 +84,14 @@ func (b *worldBox) Attach(ctx context.Context) (sandbox.Sockets, error) {
 		return b.world.attach(ctx, b.Sandbox)
 	}
 	return b.Sandbox.Attach(ctx)
+}
+
+func (b *worldBox) Probe(ctx context.Context, attempts []sandbox.Attempt) ([]sandbox.Outcome, error) {
+	outcomes, err := b.Sandbox.(sandbox.Prober).Probe(ctx, attempts)
+	if b.world.probed != nil {
+		b.world.probed(outcomes)
+	}
+	return outcomes, err
 }
 
 func (b *worldBox) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, error) {

@@ -71,9 +71,9 @@ type guest struct {
 
 	mu       sync.Mutex // guards what follows
 	err      error      // why the stream has ended
-	ended    bool
-	step     *step     // the process that runs, or nil
-	transfer *transfer // the Put or Get under way, or nil
+	step     *step      // the process that runs, or nil
+	transfer *transfer  // the Put or Get under way, or nil
+	probing  bool
 }
 
 func newGuest(conn io.ReadWriteCloser, root string, start startFunc) *guest {
@@ -116,9 +116,9 @@ func (g *guest) serve() error {
 // end closes the stream, and with it everything. The first reason stays.
 func (g *guest) end(reason error) {
 	g.mu.Lock()
-	first := !g.ended
+	first := g.err == nil
 	if first {
-		g.ended, g.err = true, reason
+		g.err = reason
 		close(g.done)
 		if g.transfer != nil {
 			g.transfer.stop(errCanceled)
@@ -152,7 +152,7 @@ func (g *guest) dispatch(t wire.Type, p []byte) error {
 	switch t {
 	case wire.Start:
 		c, err := wire.ParseStart(p)
-		if err != nil || g.step != nil || g.ended {
+		if err != nil || g.step != nil || g.err != nil {
 			return fmt.Errorf("%w: start", ErrProtocol)
 		}
 		s := newStep(c)
@@ -173,6 +173,13 @@ func (g *guest) dispatch(t wire.Type, p []byte) error {
 		}
 	case wire.Input, wire.InputEnd, wire.Resize:
 		return g.dispatchInput(t, p)
+	case wire.Probe:
+		wait, attempts, err := wire.ParseProbe(p)
+		if err != nil || g.probing || g.err != nil {
+			return fmt.Errorf("%w: probe", ErrProtocol)
+		}
+		g.probing = true
+		g.tasks.Go(func() { g.probe(time.Duration(wait)*time.Millisecond, attempts) })
 	default:
 		return g.dispatchTransfer(t, p)
 	}
@@ -183,7 +190,7 @@ func (g *guest) dispatch(t wire.Type, p []byte) error {
 func (g *guest) dispatchTransfer(t wire.Type, p []byte) error {
 	switch t {
 	case wire.PutOpen, wire.GetOpen:
-		if g.transfer != nil || g.ended {
+		if g.transfer != nil || g.err != nil {
 			return fmt.Errorf("%w: second transfer", ErrProtocol)
 		}
 		x := newTransfer()

@@ -3,10 +3,10 @@
 // knows it.
 //
 // A frame is a type byte, the length of the payload as a big-endian uint32, and
-// the payload. There is one stream, and on it two conversations that do not
-// wait for each other: the process (Start, Input, Stop, Stdout, Stderr, Exit)
-// and the transfer (Put or Get). Each holds at most one thing at a time and
-// frames of a conversation keep their order, so frames carry no numbers.
+// the payload. There is one stream, and on it three conversations that do not
+// wait for each other: the process (Start, Input, Stop, Stdout, Stderr, Exit),
+// the transfer (Put or Get) and the probe. Each holds at most one thing at a time
+// and frames of a conversation keep their order, so frames carry no numbers.
 //
 //	guest                                agent
 //	  Hello ────────────────────────────▶
@@ -26,6 +26,9 @@
 //	  FileData…, Result ────────────────▶
 //	  ◀─────────────────────────── Cancel   ends the transfer under way, if any
 //
+//	  ◀──────────────────────────── Probe   what to try with sockets
+//	  Probed ───────────────────────────▶   what became of it
+//
 // Because of the grants neither end ever has to stop reading: a step whose
 // output nobody takes blocks, and a Stop still reaches it.
 package wire
@@ -38,7 +41,7 @@ import (
 
 // Version is the revision of the protocol. Both ends come from one build, so
 // they either agree or something is wrong with the installation.
-const Version = 2
+const Version = 3
 
 // Address is the abstract socket address, in the network namespace of a box, of
 // a guest whose runtime can hand it no descriptor.
@@ -60,6 +63,7 @@ const (
 	Input                    // the next bytes of the process's input
 	InputEnd                 // no more of them; nothing to a terminal; empty
 	Resize                   // of the terminal: AppendResize
+	Probe                    // try sockets: AppendProbe
 )
 
 // Grant lets the other end send more bytes: uint32, headers included.
@@ -74,6 +78,7 @@ const (
 	FileData                    // the next bytes of the file asked for
 	Result                      // end of a transfer: Code byte, then a message
 	InputGrant                  // lets the agent send more input: uint32, headers included
+	Probed                      // what became of a Probe: AppendProbed
 )
 
 const (
@@ -139,6 +144,8 @@ func limit(s Side, t Type) int {
 			return sizeBytes
 		case GetOpen:
 			return 8 + MaxPath
+		case Probe:
+			return maxProbe
 		}
 		return -1
 	}
@@ -155,6 +162,8 @@ func limit(s Side, t Type) int {
 		return MaxData
 	case Result:
 		return 1 + MaxMessage
+	case Probed:
+		return maxProbed
 	}
 	return -1
 }

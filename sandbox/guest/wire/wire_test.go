@@ -187,6 +187,8 @@ func FuzzReader(f *testing.F) {
 	f.Add(true, wire.AppendGet(wire.AppendUint32(nil, wire.Stop, 7), "/x", 9))
 	f.Add(true, wire.AppendResize(wire.AppendFrame(wire.AppendStart(nil, wire.Command{Input: wire.Terminal, Size: wire.Size{Rows: 24, Cols: 80}}), wire.Input, "ls\r"), wire.Size{Rows: 1}))
 	f.Add(true, wire.AppendHeader(wire.AppendStart(nil, wire.Command{Dir: "/", Input: wire.Pipe, Alone: true}), wire.InputEnd, 0))
+	f.Add(true, wire.AppendProbe(nil, 9, []wire.Attempt{{Domain: 2, Type: 1, Port: 80, To: "\xa9\xfe\xa9\xfe", Text: "x"}, {Domain: 17}}))
+	f.Add(false, wire.AppendProbed(nil, []wire.Outcome{{Errno: 111}, {Reply: "y"}}))
 	f.Add(false, wire.AppendUint32(nil, wire.InputGrant, 9))
 	f.Add(false, wire.AppendExit(wire.AppendHello(nil), 1, 0))
 	f.Add(false, wire.AppendResult(wire.AppendFrame(nil, wire.Stdout, "12345678abc"), wire.Refused, "no"))
@@ -206,6 +208,16 @@ func FuzzReader(f *testing.F) {
 			if c, err := wire.ParseStart(p); err == nil && agent && typ == wire.Start {
 				if back := wire.AppendStart(nil, c); !bytes.Equal(back[wire.HeaderSize:], p) {
 					t.Errorf("start: got %x, want %x", back[wire.HeaderSize:], p)
+				}
+			}
+			if wait, a, err := wire.ParseProbe(p); err == nil {
+				if back := wire.AppendProbe(nil, wait, a); !bytes.Equal(back[wire.HeaderSize:], p) {
+					t.Errorf("probe: got %x, want %x", back[wire.HeaderSize:], p)
+				}
+			}
+			if o, err := wire.ParseProbed(p); err == nil {
+				if back := wire.AppendProbed(nil, o); !bytes.Equal(back[wire.HeaderSize:], p) {
+					t.Errorf("probed: got %x, want %x", back[wire.HeaderSize:], p)
 				}
 			}
 			_, _ = wire.ParseHello(p)
