@@ -38,8 +38,13 @@ func table() []row {
 		{"sandbox/kernel", "sandbox", "what runtimes on one kernel share; it knows no runtime"},
 		{"sandbox/native", "sandbox creds sandbox/egress sandbox/netns sandbox/guest sandbox/kernel sandbox/native/boxinit", "a runtime, and what it makes of the first process of a box"},
 		{"sandbox/native/boxinit", "sandbox/netns", "linked into process 1 of a box, which is small and starts fast: not even the contract"},
+<<<<<<< HEAD
 		{"sandbox/docker", "sandbox creds sandbox/egress sandbox/netns sandbox/guest sandbox/guest/wire sandbox/kernel", "a runtime; it meets the guest at an address that the protocol knows"},
 		{"sandbox/wall", "sandbox sandbox/egress", "looks at a box through both contracts, whatever made it"},
+=======
+		{"sandbox/engine", "sandbox sandbox/egress sandbox/netns sandbox/guest sandbox/guest/wire sandbox/kernel", "what runtimes over a container engine share; it meets the guest at an address that the protocol knows"},
+		{"sandbox/docker", "sandbox creds sandbox/kernel sandbox/engine", "a runtime; the box is finished by what engines share"},
+>>>>>>> 398488a (sandbox/engine: move what runtimes over a container engine share out of docker)
 		{"sandbox/guest", "sandbox sandbox/guest/wire", "the agent's end of the stream to a box"},
 		{"sandbox/guest/wire", "", "linked into process 1"},
 		{"sandbox/guest/serve", "sandbox/guest/wire", "linked into process 1"},
@@ -83,8 +88,13 @@ func confinements() []confinement {
 		{"github.com/rs/zerolog", "cmd/mayfly runner test/...", "...", "implementations return errors and do not log"},
 		{"github.com/prometheus/client_golang", "runner/monitor", "", "one package shows metrics"},
 		{"github.com/rogpeppe/go-internal", "", "...", "test scripts"},
+<<<<<<< HEAD
 		{"golang.org/x/net", "sandbox/egress/... sandbox/wall sandbox/native/... sandbox/netns/... test/...", "...", "DNS messages and packet filters"},
 		{"golang.org/x/sys", "sandbox/native/... sandbox/docker sandbox/kernel sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/internal/... runner/monitor cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
+=======
+		{"golang.org/x/net", "sandbox/egress/... sandbox/native/... sandbox/netns/... test/...", "...", "DNS messages and packet filters"},
+		{"golang.org/x/sys", "sandbox/native/... sandbox/engine sandbox/kernel sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/internal/... runner/monitor cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
+>>>>>>> 398488a (sandbox/engine: move what runtimes over a container engine share out of docker)
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"github.com/docker/docker/api/types/system"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/engine"
 )
 
 // cleanup bounds the destruction of the box that Check makes.
@@ -47,7 +48,7 @@ func (r *Runtime) Check(ctx context.Context) (claims []sandbox.Claim, err error)
 	if _, err := b.Get(ctx, "/etc/resolv.conf", 4096); err != nil {
 		return nil, fmt.Errorf("docker: check: %w", err)
 	}
-	uid, _, err := b.(*box).process.root()
+	uid, _, err := b.(*engine.Box).Process.Root()
 	if err != nil {
 		return nil, fmt.Errorf("docker: check: %w", err)
 	}

@@ -6,9 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
-	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/docker/docker/api/types/container"
@@ -17,43 +15,28 @@ import (
 	"github.com/docker/docker/client"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
-	"github.com/mayfly-ci/mayfly/sandbox/guest"
+	"github.com/mayfly-ci/mayfly/sandbox/engine"
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 )
 
 const (
-	// host is the host name of every box. A warm box has no job yet, so the name
-	// says nothing about one.
-	host     = "mayfly"
 	shmBytes = 64 << 20 // of /dev/shm; counted as memory
 	maxFiles = 1 << 16  // open files of a process, where the daemon's own limit allows
 
 	// minVersion of the engine API is the first with private control group
 	// namespaces (Docker 20.10).
 	minVersion = "1.41"
-
-	// restart is how long a daemon may be away before a call that needs it gives
-	// up. Only Destroy waits for longer.
-	restart = 30 * time.Second
 )
 
 // patiently calls do again while the daemon does not answer. It is for calls
 // that may be repeated.
 func (r *Runtime) patiently(ctx context.Context, do func() error) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, restart, fmt.Errorf("the daemon at %s was away for %v", r.cfg.Host, restart))
-	defer cancel()
-	var last error
-	err := kernel.Poll(ctx, "wait for the daemon", func() (bool, error) {
-		last = do()
-		if client.IsErrConnectionFailed(last) && !errors.Is(last, os.ErrPermission) {
-			return false, nil
-		}
-		return true, last
-	})
-	if err != nil && last != nil && !errors.Is(err, last) {
-		return errors.Join(err, last)
-	}
-	return err
+	return engine.Patiently(ctx, r.cfg.Host, away, do)
+}
+
+// away reports that the daemon did not answer and may be on its way back.
+func away(err error) bool {
+	return client.IsErrConnectionFailed(err) && !errors.Is(err, os.ErrPermission)
 }
 
 // reach waits for the daemon and refuses one that is too old.
@@ -79,8 +62,8 @@ func (r *Runtime) Create(ctx context.Context, name string, s sandbox.Spec) (sand
 	return b, nil
 }
 
-func (r *Runtime) create(ctx context.Context, name string, s sandbox.Spec) (*box, error) {
-	release, err := r.names.Hold(ctx, name)
+func (r *Runtime) create(ctx context.Context, name string, s sandbox.Spec) (*engine.Box, error) {
+	release, err := r.state.Names.Hold(ctx, name)
 	if err != nil {
 		return nil, err
 	}
@@ -94,36 +77,34 @@ func (r *Runtime) create(ctx context.Context, name string, s sandbox.Spec) (*box
 	if s.Image == "" {
 		s.Image = r.cfg.Image
 	}
-	template, err := r.template(ctx, s.Limits)
+	template, err := r.state.Template(ctx, s.Limits)
 	if err != nil {
 		return nil, err
 	}
 	if err := r.reach(ctx); err != nil {
 		return nil, err
 	}
-	if err := r.record(name, record{s.Labels, s.Expires, s.Image}); err != nil {
+	if err := r.state.Record(name, engine.Record{Labels: s.Labels, Expires: s.Expires, Image: s.Image}, func() { r.cfg.Trace("docker.named") }); err != nil {
 		return nil, err
 	}
-	b := &box{name: name}
-	r.mu.Lock()
-	r.boxes[name] = b
-	r.mu.Unlock()
+	r.cfg.Trace("docker.recorded")
+	b := r.state.NewBox(name)
 	if err := r.build(ctx, b, s, template); err != nil {
-		return nil, errors.Join(err, b.kill())
+		return nil, errors.Join(err, b.Kill())
 	}
 	return b, nil
 }
 
 // build makes what the record names. What it acquires is in b or found by name.
-func (r *Runtime) build(ctx context.Context, b *box, s sandbox.Spec, template string) error {
-	id, err := r.container(ctx, b.name, s)
+func (r *Runtime) build(ctx context.Context, b *engine.Box, s sandbox.Spec, template string) error {
+	id, err := r.container(ctx, b.Name, s)
 	if err != nil {
 		return err
 	}
-	if b.disk, err = kernel.NewDisk(template, r.dir(b.name)); err != nil {
+	if b.Disk, err = kernel.NewDisk(template, r.state.Dir(b.Name)); err != nil {
 		return err
 	}
-	defer b.disk.Detach() // the box has it, or nobody
+	defer b.Disk.Detach() // the box has it, or nobody
 	r.cfg.Trace("docker.disk")
 	if err := r.engine.ContainerStart(ctx, id, container.StartOptions{}); err != nil {
 		return fmt.Errorf("start: %w", err)
@@ -136,24 +117,11 @@ func (r *Runtime) build(ctx context.Context, b *box, s sandbox.Spec, template st
 	if !c.State.Running {
 		return fmt.Errorf("the guest ended with %d as it began %s: %w", c.State.ExitCode, c.State.Error, sandbox.ErrDied)
 	}
-	if b.process, err = findProcess(c.State.Pid, id); err != nil {
-		return err
-	}
-	if b.groups, err = b.process.groups(); err != nil {
-		return err
-	}
-	if err := errors.Join(b.process.confined(), b.groups.limited(s.Limits)); err != nil {
-		return err
-	}
-	conn, err := b.enter(ctx)
-	if err != nil {
+	if err := b.Enter(ctx, c.State.Pid, id, s.Limits); err != nil {
 		return err
 	}
 	r.cfg.Trace("docker.entered")
-	if _, err := conn.Write([]byte{0}); err != nil { // the word that the guest waits for
-		return errors.Join(fmt.Errorf("guest: %w", err), conn.Close())
-	}
-	b.Client, err = guest.New(ctx, conn, guest.Config{})
+	err = b.Begin(ctx)
 	r.cfg.Trace("docker.ready")
 	return err
 }
@@ -163,7 +131,7 @@ func (r *Runtime) container(ctx context.Context, name string, s sandbox.Spec) (s
 	c, err := r.engine.ContainerCreate(ctx, r.config(s), r.hostConfig(s), nil, nil, name)
 	r.cfg.Trace("docker.created")
 	if err == nil || !client.IsErrConnectionFailed(err) && ctx.Err() == nil {
-		if err := os.WriteFile(filepath.Join(r.dir(name), answered), nil, 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(r.state.Dir(name), answered), nil, 0o600); err != nil {
 			return "", err
 		}
 		r.cfg.Trace("docker.answered")
@@ -182,23 +150,15 @@ func (r *Runtime) container(ctx context.Context, name string, s sandbox.Spec) (s
 }
 
 func (r *Runtime) config(s sandbox.Spec) *container.Config {
-	args := []string{"listen"}
-	if !s.Expires.IsZero() {
-		args = append(args, strconv.FormatInt(max(s.Expires.Unix(), 1), 10))
-	}
+	args := r.state.GuestArgs(s.Expires)
 	return &container.Config{
-		Image: s.Image, Labels: r.labels(record{Labels: s.Labels, Expires: s.Expires}),
-		Hostname: host, User: "0:0", WorkingDir: "/",
-		Entrypoint:  []string{sandbox.Run + "/" + r.program},
-		Cmd:         args,
+		Image: s.Image, Labels: r.state.Labels(engine.Record{Labels: s.Labels, Expires: s.Expires}),
+		Hostname: engine.Host, User: "0:0", WorkingDir: "/",
+		Entrypoint:  args[:1],
+		Cmd:         args[1:],
 		Healthcheck: &container.HealthConfig{Test: []string{"NONE"}}, // the image's would run beside the guest
 		StopSignal:  "SIGKILL",                                       // the guest heeds no other, and a daemon that ends would wait for it
 	}
-}
-
-// capabilities are what tar, install, su and a package's scripts need as root.
-func capabilities() []string {
-	return strings.Fields("CHOWN DAC_OVERRIDE FOWNER FSETID SETUID SETGID KILL NET_BIND_SERVICE")
 }
 
 // hostConfig is the container's confinement. Its own file system is read-only
@@ -211,14 +171,14 @@ func (r *Runtime) hostConfig(s sandbox.Spec) *container.HostConfig {
 		IpcMode:        container.IPCModePrivate,
 		CgroupnsMode:   container.CgroupnsModePrivate,
 		CapDrop:        []string{"ALL"},
-		CapAdd:         capabilities(),
+		CapAdd:         engine.Capabilities(),
 		SecurityOpt:    []string{"no-new-privileges", "seccomp=" + r.profile},
 		ReadonlyRootfs: true,
 		Init:           &no,
 		ShmSize:        shmBytes,
 		LogConfig:      container.LogConfig{Type: "none"},
 		Mounts: []mount.Mount{{
-			Type: mount.TypeBind, Source: filepath.Join(r.cfg.StateDir, "guest"), Target: sandbox.Run, ReadOnly: true,
+			Type: mount.TypeBind, Source: r.state.GuestDir(), Target: sandbox.Run, ReadOnly: true,
 			BindOptions: &mount.BindOptions{Propagation: mount.PropagationRPrivate},
 		}},
 		Resources: container.Resources{

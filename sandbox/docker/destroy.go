@@ -13,6 +13,7 @@ import (
 	"github.com/docker/docker/client"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/engine"
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 )
 
@@ -22,7 +23,7 @@ import (
 // away is waited for until ctx ends. The directory goes last: it was the first
 // thing made.
 func (r *Runtime) Destroy(ctx context.Context, name string) error {
-	release, err := r.names.Hold(ctx, name)
+	release, err := r.state.Names.Hold(ctx, name)
 	if err != nil {
 		return fmt.Errorf("docker: %w", err)
 	}
@@ -34,16 +35,9 @@ func (r *Runtime) Destroy(ctx context.Context, name string) error {
 }
 
 func (r *Runtime) destroy(ctx context.Context, name string) error {
-	r.mu.Lock()
-	b := r.boxes[name]
-	r.mu.Unlock()
-	loop := -1
-	if b != nil {
-		if err := b.end(ctx); err != nil {
+	if b := r.state.Box(name); b != nil {
+		if err := b.End(ctx); err != nil {
 			return err
-		}
-		if b.disk != nil {
-			loop = b.disk.Loop
 		}
 		r.cfg.Trace("docker.ended")
 	}
@@ -51,24 +45,15 @@ func (r *Runtime) destroy(ctx context.Context, name string) error {
 		return err
 	}
 	r.cfg.Trace("docker.removed")
-	if err := kernel.Gone(ctx, r.dir(name), loop); err != nil {
-		return err
-	}
-	if err := os.RemoveAll(r.dir(name)); err != nil {
-		return err
-	}
-	r.mu.Lock()
-	delete(r.boxes, name)
-	r.mu.Unlock()
-	return nil
+	return r.state.Forget(ctx, name)
 }
 
 // remove removes the container, with all that the engine made for it, and waits
 // until it is gone.
 func (r *Runtime) remove(ctx context.Context, name string) error {
-	_, err := os.Stat(r.dir(name))
+	_, err := os.Stat(r.state.Dir(name))
 	known := err == nil
-	_, err = os.Stat(filepath.Join(r.dir(name), answered))
+	_, err = os.Stat(filepath.Join(r.state.Dir(name), answered))
 	settled := !known || err == nil
 	var last error
 	hurry := time.Now().Add(exitPatience)
@@ -109,13 +94,13 @@ func (r *Runtime) removeOnce(ctx context.Context, name string, hurry bool) (gone
 	if err != nil {
 		return false, err
 	}
-	if c.Config == nil || c.Config.Labels[labelRuntime] != r.id {
+	if c.Config == nil || c.Config.Labels[engine.LabelRuntime] != r.state.ID {
 		return true, nil // somebody else's: it was in the way of Create
 	}
 	if c.State != nil && c.State.Running && !hurry {
 		err := errors.New("the daemon has not seen its end yet")
-		if p, _ := findProcess(c.State.Pid, c.ID); p != nil { // or it has ended
-			err = errors.Join(err, p.kill(), p.close())
+		if p, _ := engine.FindProcess(c.State.Pid, c.ID); p != nil { // or it has ended
+			err = errors.Join(err, p.Kill(), p.Close())
 		}
 		return false, err
 	}
@@ -131,7 +116,7 @@ func (r *Runtime) removeOnce(ctx context.Context, name string, hurry bool) (gone
 // other's. A request that it has not begun to read by then makes a container
 // that nobody starts and that List shows, which is what the reaper is for.
 func (r *Runtime) settle(ctx context.Context, name string) (bool, error) {
-	rec := r.recorded(name)
+	rec := r.state.Recorded(name)
 	if rec.Image == "" {
 		return true, nil // nothing was asked for before the record was finished
 	}

@@ -29,22 +29,16 @@
 package docker
 
 import (
-	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
-	"sync"
-	"time"
 
 	"github.com/docker/docker/client"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
-	"github.com/mayfly-ci/mayfly/sandbox/kernel"
+	"github.com/mayfly-ci/mayfly/sandbox/engine"
 )
 
 // DefaultHost is where a daemon listens if nobody says otherwise.
@@ -80,16 +74,8 @@ type Config struct {
 type Runtime struct {
 	cfg     Config
 	engine  *client.Client
-	program string // file name of the guest
 	profile string // seccomp
-	id      string // on the label of every container of this state directory
-
-	names kernel.Names // in work
-
-	mu    sync.Mutex
-	boxes map[string]*box // that this process made
-
-	templates sync.Mutex // held while one is made
+	state   *engine.State
 }
 
 var _ sandbox.Runtime = (*Runtime)(nil)
@@ -111,22 +97,14 @@ func (c *Config) complete() error {
 	if err := CheckHost(c.Host); err != nil {
 		return fmt.Errorf("docker: %w", err)
 	}
-	switch {
-	case !filepath.IsAbs(c.StateDir):
-		return fmt.Errorf("docker: state directory %q is not absolute", c.StateDir)
-	case c.Owner == "":
-		return errors.New("docker: owner is empty")
-	case len(c.Guest) == 0:
-		return errors.New("docker: guest program is empty")
-	case c.Image == "":
+	if c.Image == "" {
 		return errors.New("docker: no image: name the one that boxes have if a rule names none")
 	}
-	c.StateDir = filepath.Clean(c.StateDir)
 	if c.Trace == nil {
 		c.Trace = func(string) {}
 	}
 	var err error
-	c.Limits, err = kernel.Limits(c.Limits, sandbox.Limits{Memory: 4 << 30, Pids: 4096, MilliCPU: 2000, Disk: 10 << 30, Inodes: 1 << 20})
+	c.Limits, err = engine.Defaults(c.Limits)
 	if err != nil {
 		return fmt.Errorf("docker: %w", err)
 	}
@@ -139,22 +117,13 @@ func New(cfg Config) (*Runtime, error) {
 	if err := cfg.complete(); err != nil {
 		return nil, err
 	}
-	if os.Geteuid() != 0 {
-		return nil, fmt.Errorf("docker: not root: run the agent as root, it enters the namespaces of its containers: %w", sandbox.ErrUnsupported)
-	}
-	sum := sha256.Sum256([]byte(cfg.StateDir))
-	r := &Runtime{cfg: cfg, boxes: map[string]*box{}, id: hex.EncodeToString(sum[:6])}
-	for _, d := range []string{"boxes", "base", "guest"} {
-		if err := os.MkdirAll(filepath.Join(cfg.StateDir, d), 0o700); err != nil {
-			return nil, fmt.Errorf("docker: %w", err)
-		}
-	}
+	r := &Runtime{cfg: cfg}
 	var err error
-	if r.program, err = install(filepath.Join(cfg.StateDir, "guest"), cfg.Guest); err != nil {
-		return nil, fmt.Errorf("docker: guest program: %w", err)
+	if r.state, err = engine.Open(cfg.StateDir, cfg.Owner, cfg.Guest); err != nil {
+		return nil, fmt.Errorf("docker: %w", err)
 	}
-	r.cfg.Guest = nil // the file has it now
-	if r.profile, err = profile(runtime.GOARCH); err != nil {
+	r.cfg.Guest = nil // a file has it now
+	if r.profile, err = engine.Profile(runtime.GOARCH); err != nil {
 		return nil, fmt.Errorf("docker: system call filter: %w", err)
 	}
 	r.engine, err = client.NewClientWithOpts(client.WithHost(cfg.Host), client.WithAPIVersionNegotiation())
@@ -162,44 +131,6 @@ func New(cfg Config) (*Runtime, error) {
 		return nil, fmt.Errorf("docker: %w", err)
 	}
 	return r, nil
-}
-
-// guestAge is how long the guest of another build is kept: longer than any two
-// builds of one installation run side by side.
-const guestAge = 7 * 24 * time.Hour
-
-// install writes the program to dir, which boxes see read-only until they have
-// begun, and removes old ones. Its name is made of its content.
-func install(dir string, program []byte) (name string, err error) {
-	sum := sha256.Sum256(program)
-	name = "mayfly-guest-" + hex.EncodeToString(sum[:6])
-	work, err := os.MkdirTemp(dir, ".new-")
-	if err != nil {
-		return "", err
-	}
-	// Always anew: what lies there may be half of a crash's, and is as young as
-	// its last use.
-	file := filepath.Join(work, name)
-	err = errors.Join(os.WriteFile(file, program, 0o555), os.Chmod(file, 0o555), os.Chmod(dir, 0o755))
-	if err == nil {
-		err = os.Rename(file, filepath.Join(dir, name))
-	}
-	entries, readErr := os.ReadDir(dir)
-	err = errors.Join(err, readErr, os.Remove(work))
-	for _, e := range entries {
-		if st, infoErr := e.Info(); infoErr == nil && e.Name() != name && time.Since(st.ModTime()) > guestAge {
-			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name())))
-		}
-	}
-	return name, err
-}
-
-// template is the file that disks of that size are copied from.
-func (r *Runtime) template(ctx context.Context, l sandbox.Limits) (string, error) {
-	r.templates.Lock()
-	defer r.templates.Unlock()
-	t := kernel.Template{Dir: filepath.Join(r.cfg.StateDir, "base"), Version: "docker1", Skeleton: skeleton, Own: ownInodes}
-	return t.Make(ctx, l.Disk, l.Inodes)
 }
 
 // Close lets go of the connections to the daemon. Boxes are not touched.

@@ -13,6 +13,7 @@ import (
 	"github.com/docker/docker/api/types/mount"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/engine"
 	"github.com/mayfly-ci/mayfly/test/dockertest"
 )
 
@@ -177,7 +178,7 @@ func testInFlight(t *testing.T, d *dockertest.Daemon) {
 	late := 0
 	for i := range tries {
 		name := fmt.Sprintf("late-%d", i)
-		if err := r.record(name, record{Image: dockertest.Busybox}); err != nil {
+		if err := r.state.Record(name, engine.Record{Image: dockertest.Busybox}, func() {}); err != nil {
 			t.Fatal(err)
 		}
 		made := make(chan error, 1)

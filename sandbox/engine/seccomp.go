@@ -1,4 +1,4 @@
-package docker
+package engine
 
 import (
 	"encoding/json"
@@ -38,10 +38,10 @@ const (
 	opMasked = "SCMP_CMP_MASKED_EQ"
 )
 
-// profile is the filter of a box as the engine wants it. Calls that are not
+// Profile is the filter of a box as the engine wants it. Calls that are not
 // named get EPERM; those that are newer than any named ENOSYS, as runc adds;
 // those of another architecture of the machine kill the process.
-func profile(goarch string) (string, error) {
+func Profile(goarch string) (string, error) {
 	arch, ok := map[string]string{"amd64": "SCMP_ARCH_X86_64", "arm64": "SCMP_ARCH_AARCH64"}[goarch]
 	if !ok {
 		return "", fmt.Errorf("no name for %s", goarch)

@@ -1,4 +1,4 @@
-package docker
+package engine
 
 import (
 	"context"
@@ -15,17 +15,17 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 )
 
-// A process is process 1 of a container. The descriptor names it for ever; its
+// A Process is process 1 of a container. The descriptor names it for ever; its
 // number may become another's when it has ended.
-type process struct {
+type Process struct {
 	pid int
 	fd  int // pidfd
 }
 
-// findProcess opens the process with that number and makes sure that it is the
+// FindProcess opens the process with that number and makes sure that it is the
 // container's: the daemon may count in another pid namespace than ours, or on
 // another machine.
-func findProcess(pid int, id string) (*process, error) {
+func FindProcess(pid int, id string) (*Process, error) {
 	if pid <= 1 {
 		return nil, fmt.Errorf("process 1 has ended: %w", sandbox.ErrDied)
 	}
@@ -37,12 +37,12 @@ func findProcess(pid int, id string) (*process, error) {
 	if err == nil {
 		groups, err = os.ReadFile(proc(pid, "cgroup"))
 	}
-	p := &process{pid, fd}
+	p := &Process{pid, fd}
 	if err == nil && p.ended() {
-		return nil, errors.Join(fmt.Errorf("process 1 has ended: %w", sandbox.ErrDied), p.close())
+		return nil, errors.Join(fmt.Errorf("process 1 has ended: %w", sandbox.ErrDied), p.Close())
 	}
 	if err != nil || !strings.Contains(string(groups), id) {
-		return nil, errors.Join(fmt.Errorf("process %d of container %.12s is not in our /proc: the daemon is on another machine or has a pid namespace of its own: %w", pid, id, sandbox.ErrUnsupported), err, p.close())
+		return nil, errors.Join(fmt.Errorf("process %d of container %.12s is not in our /proc: the daemon is on another machine or has a pid namespace of its own: %w", pid, id, sandbox.ErrUnsupported), err, p.Close())
 	}
 	return p, nil
 }
@@ -53,14 +53,14 @@ func proc(pid int, parts ...string) string {
 
 // ended reports that the process is gone, and so all that ran in the container:
 // the kernel lets process 1 go last.
-func (p *process) ended() bool {
+func (p *Process) ended() bool {
 	fds := []unix.PollFd{{Fd: int32(p.fd), Events: unix.POLLIN}}
 	n, err := unix.Poll(fds, 0)
 	return err == nil && n == 1
 }
 
-// kill ends the process at once. It does not wait.
-func (p *process) kill() error {
+// Kill ends the process at once. It does not wait.
+func (p *Process) Kill() error {
 	if err := unix.PidfdSendSignal(p.fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("kill: %w", err)
 	}
@@ -68,11 +68,12 @@ func (p *process) kill() error {
 }
 
 // wait returns when the process has ended.
-func (p *process) wait(ctx context.Context) error {
+func (p *Process) wait(ctx context.Context) error {
 	return kernel.Poll(ctx, "wait for the end of process 1", func() (bool, error) { return p.ended(), nil })
 }
 
-func (p *process) close() error {
+// Close lets go of the descriptor, and not of the process.
+func (p *Process) Close() error {
 	if p.fd < 0 {
 		return nil
 	}
@@ -80,7 +81,7 @@ func (p *process) close() error {
 }
 
 // status are lines of /proc/PID/status by their names.
-func (p *process) status() (map[string]string, error) {
+func (p *Process) status() (map[string]string, error) {
 	b, err := os.ReadFile(proc(p.pid, "status"))
 	if err != nil {
 		return nil, fmt.Errorf("process 1: %w", err)
@@ -93,13 +94,19 @@ func (p *process) status() (map[string]string, error) {
 	return out, nil
 }
 
-// allowed are capabilities as bits (linux/capability.h).
+// Capabilities are what tar, install, su and a package's scripts need as root,
+// without the prefix CAP_.
+func Capabilities() []string {
+	return strings.Fields("CHOWN DAC_OVERRIDE FOWNER FSETID SETUID SETGID KILL NET_BIND_SERVICE")
+}
+
+// allowed are they as bits (linux/capability.h).
 const allowed = 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_FOWNER | 1<<unix.CAP_FSETID |
 	1<<unix.CAP_SETUID | 1<<unix.CAP_SETGID | 1<<unix.CAP_KILL | 1<<unix.CAP_NET_BIND_SERVICE
 
 // confined looks in the kernel whether the process is what the engine was asked
 // for: an OCI runtime may do without what it does not know.
-func (p *process) confined() error {
+func (p *Process) confined() error {
 	s, err := p.status()
 	if err != nil {
 		return err
@@ -127,9 +134,9 @@ func (p *process) confined() error {
 	return nil
 }
 
-// root is who root of the box is outside of it: 0 if the daemon has no user
+// Root is who root of the box is outside of it: 0 if the daemon has no user
 // namespace for its containers.
-func (p *process) root() (uid, gid int, err error) {
+func (p *Process) Root() (uid, gid int, err error) {
 	for file, id := range map[string]*int{"uid_map": &uid, "gid_map": &gid} {
 		b, err := os.ReadFile(proc(p.pid, file))
 		if err != nil {

@@ -1,4 +1,4 @@
-package docker
+package engine
 
 import (
 	"context"
@@ -17,6 +17,10 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 	"github.com/mayfly-ci/mayfly/sandbox/netns"
 )
+
+// Host is the host name of every box. A warm box has no job yet, so the name
+// says nothing about one.
+const Host = "mayfly"
 
 const (
 	// stage is where the disk is mounted while the root is built: the one place
@@ -43,8 +47,8 @@ func skeleton(dir string) error {
 
 // enter finishes the box from inside its namespaces and returns the stream to
 // the guest, which waits for a word on it.
-func (b *box) enter(ctx context.Context) (net.Conn, error) {
-	uid, gid, err := b.process.root()
+func (b *Box) enter(ctx context.Context) (net.Conn, error) {
+	uid, gid, err := b.Process.Root()
 	if err != nil {
 		return nil, err
 	}
@@ -54,7 +58,7 @@ func (b *box) enter(ctx context.Context) (net.Conn, error) {
 		if err := unix.Unshare(unix.CLONE_FS); err != nil {
 			return fmt.Errorf("thread: %w", err)
 		}
-		if err := unix.Setns(b.process.fd, unix.CLONE_NEWNS|unix.CLONE_NEWNET); err != nil {
+		if err := unix.Setns(b.Process.fd, unix.CLONE_NEWNS|unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("enter the container: %w", err)
 		}
 		if err := netns.Setup(); err != nil {
@@ -64,10 +68,10 @@ func (b *box) enter(ctx context.Context) (net.Conn, error) {
 			return fmt.Errorf("box network: %w", err)
 		}
 		// The guest runs, and so needs its program no more, when it listens.
-		if stream, err = b.process.connect(ctx); err != nil {
+		if stream, err = b.Process.connect(ctx); err != nil {
 			return err
 		}
-		return (&builder{uid, gid}).build(b.disk)
+		return (&builder{uid, gid}).build(b.Disk)
 	})
 	b.sockets = sandbox.Sockets{TCP: file(fds.TCP, "tcp"), DNS: file(fds.DNS, "dns"), Log: file(fds.Log, "log")}
 	if stream < 0 {
@@ -94,7 +98,7 @@ func file(fd int, name string) *os.File {
 
 // connect connects to the guest and makes sure that it is process 1: nobody
 // else runs in the box yet, and this says so.
-func (p *process) connect(ctx context.Context) (int, error) {
+func (p *Process) connect(ctx context.Context) (int, error) {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, fmt.Errorf("guest: %w", err)
@@ -203,9 +207,9 @@ func (b *builder) directories() error {
 // etc writes the files that say who the box is and whom it asks for names.
 func (b *builder) etc() error {
 	for name, content := range map[string]string{
-		"/etc/hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback " + host + "\n" +
-			egress.Self.String() + " " + host + "\n",
-		"/etc/hostname":    host + "\n",
+		"/etc/hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback " + Host + "\n" +
+			egress.Self.String() + " " + Host + "\n",
+		"/etc/hostname":    Host + "\n",
 		"/etc/resolv.conf": "nameserver " + egress.Resolver.String() + "\noptions timeout:5 attempts:2 ndots:1\n",
 	} {
 		// The image's may be a link.

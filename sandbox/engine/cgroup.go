@@ -1,4 +1,4 @@
-package docker
+package engine
 
 import (
 	"errors"
@@ -22,7 +22,7 @@ const period = 100_000
 type groups struct{ memory, pids, cpu string }
 
 // groups finds them, wherever the daemon puts them.
-func (p *process) groups() (groups, error) {
+func (p *Process) groups() (groups, error) {
 	own, err := os.ReadFile(proc(p.pid, "cgroup"))
 	mounts, mountErr := os.ReadFile("/proc/self/mountinfo")
 	if err := errors.Join(err, mountErr); err != nil {
