@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 )
 
 // cleanup bounds the destruction of the box that Check makes.
@@ -74,6 +75,6 @@ func (r *Runtime) claims() []sandbox.Claim {
 		sandbox.Claim{Name: "cpu limit", Enforced: true, Detail: groups},
 		sandbox.Claim{Name: "process limit", Enforced: true, Detail: groups},
 		sandbox.Claim{Name: "disk limit", Enforced: true, Detail: "a file system of that size and number of files per box"},
-		sandbox.Claim{Name: "user id range", Enforced: true, Detail: fmt.Sprintf("%d ids from %d, %d for each box", r.cfg.Slots*span, r.cfg.FirstID, span)},
+		sandbox.Claim{Name: "user id range", Enforced: true, Detail: fmt.Sprintf("%d ids from %d, %d for each box", r.cfg.Slots*kernel.Span, r.cfg.FirstID, kernel.Span)},
 		sandbox.Claim{Name: "base", Enforced: true, Detail: "/usr, /etc and the package database, copy-on-write"})
 }

@@ -105,7 +105,7 @@ func (r *Runtime) base(ctx context.Context, l sandbox.Limits) (base, error) {
 
 // build makes the box. What it acquires is in b or found by name.
 func (r *Runtime) build(ctx context.Context, b *box, s sandbox.Spec, from base) error {
-	first, err := r.ids.take(b.name)
+	first, err := r.ids.Take(b.name)
 	if err != nil {
 		return err
 	}
@@ -234,7 +234,7 @@ func (r *Runtime) namespace(attr *syscall.SysProcAttr, first uint32) {
 		attr.GidMappings = []syscall.SysProcIDMap{{HostID: os.Getegid(), Size: 1}}
 		return
 	}
-	attr.UidMappings = []syscall.SysProcIDMap{{HostID: int(first), Size: span}}
+	attr.UidMappings = []syscall.SysProcIDMap{{HostID: int(first), Size: kernel.Span}}
 	attr.GidMappings = attr.UidMappings
 	attr.GidMappingsEnableSetgroups = true
 }
@@ -250,7 +250,7 @@ func (r *Runtime) mounts(b *box, from base, layers []boxinit.Layer) (fds []int, 
 		return nil, err
 	}
 	fds = append(fds, b.disk.Mount)
-	if err := idmap(b.disk.Mount, 0, ns); err != nil {
+	if err := kernel.IDMap(b.disk.Mount, 0, ns); err != nil {
 		return fds, fmt.Errorf("disk: %w", err)
 	}
 	for _, l := range layers {
@@ -259,26 +259,11 @@ func (r *Runtime) mounts(b *box, from base, layers []boxinit.Layer) (fds []int, 
 			return fds, fmt.Errorf("layer %s: %w", l.Source, err)
 		}
 		fds = append(fds, fd)
-		if err := idmap(fd, unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV, ns); err != nil {
+		if err := kernel.IDMap(fd, unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV, ns); err != nil {
 			return fds, fmt.Errorf("layer %s: %w", l.Source, err)
 		}
 	}
 	return fds, nil
-}
-
-// idmap makes files of a detached mount belong to the ids of a user namespace.
-// Without it root in the box owns none of the files below it, and an overlay
-// lets it neither append nor delete.
-func idmap(fd int, attributes uint64, ns *os.File) error {
-	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP | attributes, Userns_fd: uint64(ns.Fd())}
-	err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr)
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
-		return fmt.Errorf("id-mapped mount (Linux 5.19 and a file system that has them): %w: %w", err, sandbox.ErrUnsupported)
-	}
-	if err != nil {
-		return fmt.Errorf("id-mapped mount: %w", err)
-	}
-	return nil
 }
 
 // closeAll closes files that were handed on.

@@ -74,7 +74,7 @@ func (r *Runtime) destroy(ctx context.Context, name string) error {
 			return err
 		}
 	}
-	if err := r.ids.release(name); err != nil {
+	if err := r.ids.Release(name); err != nil {
 		return err
 	}
 	r.cfg.Trace("native.released")

@@ -83,7 +83,7 @@ type Config struct {
 type Runtime struct {
 	cfg    Config
 	groups hierarchy // nil if unprivileged
-	ids    ids
+	ids    kernel.IDs
 	filter []byte
 	guest  *os.File // sealed
 
@@ -117,10 +117,10 @@ func (c *Config) complete() error {
 		return errors.New("native: owner is empty")
 	case len(c.Guest) == 0:
 		return errors.New("native: guest program is empty")
-	case c.Slots < 0 || uint64(c.FirstID)+uint64(c.Slots)*span > 1<<32-2:
+	case c.Slots < 0 || uint64(c.FirstID)+uint64(c.Slots)*kernel.Span > 1<<32-2:
 		return fmt.Errorf("native: %d id ranges from %d do not fit in 32 bits", c.Slots, c.FirstID)
-	case c.FirstID != 0 && c.FirstID < span:
-		return fmt.Errorf("native: first id %d belongs to the host: take one of at least %d", c.FirstID, span)
+	case c.FirstID != 0 && c.FirstID < kernel.Span:
+		return fmt.Errorf("native: first id %d belongs to the host: take one of at least %d", c.FirstID, kernel.Span)
 	case len(c.Base) > boxinit.Dirs-3 || len(c.Hide) > boxinit.Dirs-1:
 		return fmt.Errorf("native: more than %d base or %d hidden directories", boxinit.Dirs-3, boxinit.Dirs-1)
 	}
@@ -181,7 +181,7 @@ func New(cfg Config) (*Runtime, error) {
 			return nil, fmt.Errorf("native: %w", err)
 		}
 	}
-	r.ids = ids{dir: filepath.Join(cfg.StateDir, "ids"), first: cfg.FirstID, slots: cfg.Slots}
+	r.ids = kernel.IDs{Dir: filepath.Join(cfg.StateDir, "ids"), First: cfg.FirstID, Slots: cfg.Slots}
 	var err error
 	if r.filter, err = filter(runtime.GOARCH); err != nil {
 		return nil, fmt.Errorf("native: %w", err)

@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -20,42 +19,6 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 	"github.com/mayfly-ci/mayfly/sandbox/native/boxinit"
 )
-
-func TestIDs(t *testing.T) {
-	t.Parallel()
-	d := ids{dir: t.TempDir(), first: 100_000, slots: 20}
-	var mu sync.Mutex
-	var wait sync.WaitGroup
-	seen := map[uint32]bool{}
-	refused := 0
-	for i := range 30 {
-		wait.Go(func() {
-			first, err := d.take("box-" + string(rune('a'+i)))
-			mu.Lock()
-			defer mu.Unlock()
-			if err != nil {
-				refused++
-				return
-			}
-			if seen[first] || (first-100_000)%span != 0 {
-				t.Errorf("take: got %d twice, or off the grid", first)
-			}
-			seen[first] = true
-		})
-	}
-	wait.Wait()
-	if len(seen) != 20 || refused != 10 {
-		t.Fatalf("30 takes of 20 slots: got %d ranges and %d refused", len(seen), refused)
-	}
-	for i := range 30 {
-		if err := d.release("box-" + string(rune('a'+i))); err != nil {
-			t.Error(err)
-		}
-	}
-	if first, err := d.take("again"); err != nil || first != 100_000 {
-		t.Errorf("take after release: got %d, %v, want the first range", first, err)
-	}
-}
 
 // verdict runs the filter on a call, as the kernel does.
 func verdict(t *testing.T, info *arch.Info, nr, machine uint32, args ...uint64) uint32 {
