@@ -20,6 +20,11 @@ type Box struct {
 	Process *Process // nil until Enter
 	Disk    *kernel.Disk
 
+	// Layers are directories of the host, the topmost first, which become the
+	// lower part of the root instead of the root of the container. Their files
+	// belong to the ids of its user namespace.
+	Layers []string
+
 	groups groups
 	conn   net.Conn // to the guest, until Begin
 

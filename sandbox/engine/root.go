@@ -8,6 +8,8 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -52,6 +54,15 @@ func (b *Box) enter(ctx context.Context) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
+	layers, err := b.layers()
+	defer func() {
+		for _, fd := range layers {
+			_ = unix.Close(fd) // the box has it, or nobody
+		}
+	}()
+	if err != nil {
+		return nil, err
+	}
 	stream, fds := -1, netns.FDs{TCP: -1, DNS: -1, Log: -1}
 	err = kernel.OnThread(func() (err error) {
 		// A thread that shares its root with others may not change namespaces.
@@ -71,7 +82,7 @@ func (b *Box) enter(ctx context.Context) (net.Conn, error) {
 		if stream, err = b.Process.connect(ctx); err != nil {
 			return err
 		}
-		return (&builder{uid, gid}).build(b.Disk)
+		return (&builder{uid, gid, layers}).build(b.Disk)
 	})
 	b.sockets = sandbox.Sockets{TCP: file(fds.TCP, "tcp"), DNS: file(fds.DNS, "dns"), Log: file(fds.Log, "log")}
 	if stream < 0 {
@@ -87,6 +98,29 @@ func (b *Box) enter(ctx context.Context) (net.Conn, error) {
 		return nil, err
 	}
 	return conn, nil
+}
+
+// layers are detached mounts of Layers.
+func (b *Box) layers() (fds []int, err error) {
+	ns, err := os.Open(proc(b.Process.pid, "ns", "user"))
+	if err != nil {
+		return nil, fmt.Errorf("user namespace: %w", err)
+	}
+	defer ns.Close() // the mounts have their own
+	for _, l := range b.Layers {
+		fd, err := unix.OpenTree(unix.AT_FDCWD, l, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+		if errors.Is(err, unix.ENOENT) {
+			return fds, fmt.Errorf("layer %s is not here: the daemon has another file system, as one in a virtual machine or a container: %w: %w", l, err, sandbox.ErrUnsupported)
+		}
+		if err != nil {
+			return fds, fmt.Errorf("layer %s: %w", l, err)
+		}
+		fds = append(fds, fd)
+		if err := kernel.IDMap(fd, unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV, ns); err != nil {
+			return fds, fmt.Errorf("layer %s: %w", l, err)
+		}
+	}
+	return fds, nil
 }
 
 func file(fd int, name string) *os.File {
@@ -126,7 +160,10 @@ func (p *Process) connect(ctx context.Context) (int, error) {
 // A builder makes the root of a box. It runs in the mount namespace of the
 // container, whose processes see what it does. Files that it makes belong to
 // root of the box.
-type builder struct{ uid, gid int }
+type builder struct {
+	uid, gid int
+	layers   []int // of the root; none is the root of the container
+}
 
 func (b *builder) build(d *kernel.Disk) error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
@@ -142,15 +179,40 @@ func (b *builder) build(d *kernel.Disk) error {
 	return nil
 }
 
+// lower mounts the layers, whose number and length of name the kernel limits
+// together, and returns them as the option of an overlay. They lie in the root of
+// the container, which is a small tmpfs then.
+func (b *builder) lower() (top, option string, err error) {
+	if len(b.layers) == 0 {
+		return "/", "/", nil
+	}
+	var all []string
+	for i, fd := range b.layers {
+		at := "/l" + strconv.Itoa(i)
+		if err := os.Mkdir(at, 0o700); err != nil {
+			return "", "", fmt.Errorf("layer: %w", err)
+		}
+		if err := move(fd, "", at); err != nil {
+			return "", "", err
+		}
+		all = append(all, at)
+	}
+	return all[0], strings.Join(all, ":"), nil
+}
+
 // overlay puts the image under the disk, and what the engine mounted over it.
 // An overlay shows the file system at / and nothing that is mounted below it, so
 // the volumes of an image, and the files of /etc that the engine lends, stay out.
 func (b *builder) overlay() error {
+	top, lower, err := b.lower()
+	if err != nil {
+		return err
+	}
 	var st unix.Stat_t
-	if err := unix.Stat("/", &st); err != nil {
+	if err := unix.Stat(top, &st); err != nil {
 		return fmt.Errorf("image: %w", err)
 	}
-	err := unix.Chown(stage+"/upper", int(st.Uid), int(st.Gid))
+	err = unix.Chown(stage+"/upper", int(st.Uid), int(st.Gid))
 	if err == nil {
 		err = unix.Chmod(stage+"/upper", st.Mode&0o7777)
 	}
@@ -158,13 +220,30 @@ func (b *builder) overlay() error {
 		return fmt.Errorf("disk: %w", err)
 	}
 	const root = stage + "/root"
-	if err := attach("overlay", root, "overlay", "lowerdir=/,upperdir="+stage+"/upper,workdir="+stage+"/work"); err != nil {
+	if err := attach("overlay", root, "overlay", "lowerdir="+lower+",upperdir="+stage+"/upper,workdir="+stage+"/work"); err != nil {
 		return err
 	}
 	for _, p := range []string{"/proc", "/sys", "/dev"} {
+		if err := b.mountPoint(root + p); err != nil {
+			return err
+		}
 		if err := move(unix.AT_FDCWD, p, root+p); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// mountPoint makes a directory that the image does not have.
+func (b *builder) mountPoint(p string) error {
+	st, err := os.Lstat(p)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = errors.Join(os.Mkdir(p, 0o755), os.Chown(p, b.uid, b.gid))
+	} else if err == nil && !st.IsDir() {
+		return fmt.Errorf("%s of the image is no directory: %w", filepath.Base(p), sandbox.ErrImage)
+	}
+	if err != nil {
+		return fmt.Errorf("image: %w", err)
 	}
 	return nil
 }

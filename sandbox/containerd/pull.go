@@ -1,0 +1,258 @@
+package containerd
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/mayfly-ci/mayfly/sandbox"
+)
+
+// A PullPolicy says when a registry is asked. "" is PullMissing.
+type PullPolicy string
+
+// Pull policies. An image that a digest names is asked for at most once under
+// any of them.
+const (
+	PullMissing PullPolicy = "missing" // if the image is not here
+	PullAlways  PullPolicy = "always"  // what its tag is now
+	PullNever   PullPolicy = "never"
+)
+
+func (p *PullPolicy) complete() error {
+	switch *p {
+	case "":
+		*p = PullMissing
+	case PullMissing, PullAlways, PullNever:
+	default:
+		return fmt.Errorf("pull %q: write missing, always or never", *p)
+	}
+	return nil
+}
+
+// labelPulled marks the name of an image that Pull made, by its digest.
+const labelPulled = "ci.mayfly.pulled"
+
+// pulledAge is how long such a name keeps the content of an image, that no tag
+// keeps, after it was last pulled. Boxes keep theirs by themselves.
+const pulledAge = 7 * 24 * time.Hour
+
+// Pull implements sandbox.Puller. The image is fetched by this process, which so
+// keeps the password to itself, and is stored and unpacked by containerd, which
+// checks each digest.
+func (r *Runtime) Pull(ctx context.Context, p sandbox.Pull) (sandbox.Image, error) {
+	ctx = r.within(ctx)
+	name, err := parse(p.Image)
+	if err != nil {
+		return sandbox.Image{}, fmt.Errorf("containerd: image %q: %w: %w", p.Image, err, sandbox.ErrImage)
+	}
+	out, err := r.pull(ctx, name, p)
+	if err != nil {
+		return sandbox.Image{}, fmt.Errorf("containerd: image %s: %w", name, refused(err))
+	}
+	return out, nil
+}
+
+// refused adds sandbox.ErrImage to what a registry, or the content of an image,
+// says for good.
+func refused(err error) error {
+	for _, is := range []func(error) bool{errdefs.IsNotFound, errdefs.IsFailedPrecondition, errdefs.IsInvalidArgument, errdefs.IsNotImplemented} {
+		if is(err) {
+			return fmt.Errorf("%w: %w", err, sandbox.ErrImage)
+		}
+	}
+	if errors.Is(err, docker.ErrInvalidAuthorization) {
+		return fmt.Errorf("%w: %w", err, sandbox.ErrImage)
+	}
+	return err
+}
+
+// parse makes a person's name of an image whole. Of a tag beside a digest only
+// the digest counts.
+func parse(name string) (reference.Named, error) {
+	named, err := reference.ParseDockerRef(name)
+	if err != nil {
+		return nil, err
+	}
+	return named, nil
+}
+
+func (r *Runtime) pull(ctx context.Context, name reference.Named, p sandbox.Pull) (out sandbox.Image, err error) {
+	if _, err := r.reach(ctx); err != nil {
+		return out, err
+	}
+	_, pinned := name.(reference.Digested)
+	img, err := r.client.GetImage(ctx, name.String())
+	switch {
+	case err == nil && (pinned || r.cfg.Pull != PullAlways):
+		if _, err = img.Spec(ctx); err == nil { // or it is not all here
+			break
+		}
+		fallthrough
+	case r.cfg.Pull == PullNever:
+		return out, fmt.Errorf("it is not in the namespace %s, and nothing is pulled (pull: never): %w: %w", r.cfg.Namespace, err, sandbox.ErrImage)
+	case err == nil || errdefs.IsNotFound(err):
+		if img, out.Size, err = r.fetch(ctx, name, p); err != nil {
+			return out, err
+		}
+	default:
+		return out, err
+	}
+	if err := r.unpack(ctx, img); err != nil {
+		return out, err
+	}
+	manifest, err := r.manifest(ctx, img)
+	if err != nil {
+		return out, err
+	}
+	out.Digest = manifest.Digest.String()
+	if out.Ref, err = r.pin(ctx, name, manifest); err != nil {
+		return out, err
+	}
+	spec, err := img.Spec(ctx)
+	if err != nil {
+		return out, err
+	}
+	c := spec.Config
+	out.Env, out.Entrypoint, out.Cmd, out.User, out.Dir = c.Env, c.Entrypoint, c.Cmd, c.User, c.WorkingDir
+	return out, r.prune(ctx)
+}
+
+// fetch asks the registry of that name, and tells it, and nobody else, who asks.
+// A registry on a loopback address may speak plain HTTP.
+func (r *Runtime) fetch(ctx context.Context, name reference.Named, p sandbox.Pull) (client.Image, int64, error) {
+	registry, err := docker.DefaultHost(reference.Domain(name))
+	if err != nil {
+		return nil, 0, err
+	}
+	web := &http.Client{Transport: docker.DefaultHTTPTransport(nil)}
+	defer web.CloseIdleConnections()
+	who := func(host string) (string, string, error) {
+		if host != registry {
+			return "", "", nil
+		}
+		return p.User, p.Password.Reveal(), nil
+	}
+	hosts := docker.ConfigureDefaultRegistries(docker.WithClient(web), docker.WithPlainHTTP(docker.MatchLocalhost),
+		docker.WithAuthorizer(docker.NewDockerAuthorizer(docker.WithAuthClient(web), docker.WithAuthCreds(who))))
+	var size atomic.Int64
+	count := images.HandlerFunc(func(ctx context.Context, d ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+		if _, err := r.client.ContentStore().Info(ctx, d.Digest); errdefs.IsNotFound(err) {
+			size.Add(d.Size)
+		}
+		return nil, nil
+	})
+	img, err := r.client.Pull(ctx, name.String(), client.WithResolver(docker.NewResolver(docker.ResolverOptions{Hosts: hosts})),
+		client.WithPlatformMatcher(platforms.Only(platforms.DefaultSpec())), client.WithImageHandler(count),
+		client.WithPullUnpack, client.WithPullSnapshotter(r.cfg.Snapshotter))
+	return img, size.Load(), err
+}
+
+// manifest is that for this machine.
+func (r *Runtime) manifest(ctx context.Context, img client.Image) (ocispec.Descriptor, error) {
+	target, platform := img.Target(), platforms.Only(platforms.DefaultSpec())
+	if !images.IsIndexType(target.MediaType) {
+		return target, nil
+	}
+	b, err := content.ReadBlob(ctx, img.ContentStore(), target)
+	if err != nil {
+		return target, err
+	}
+	var index ocispec.Index
+	if err := json.Unmarshal(b, &index); err != nil {
+		return target, fmt.Errorf("index %s: %w: %w", target.Digest, err, sandbox.ErrImage)
+	}
+	// As containerd chooses: the best that matches, and of equals the first.
+	best := -1
+	for i, m := range index.Manifests {
+		if images.IsManifestType(m.MediaType) && (m.Platform == nil || platform.Match(*m.Platform)) {
+			if best < 0 || m.Platform != nil && index.Manifests[best].Platform != nil && platform.Less(*m.Platform, *index.Manifests[best].Platform) {
+				best = i
+			}
+		}
+	}
+	if best < 0 {
+		return target, fmt.Errorf("index %s has no manifest for %s: %w", target.Digest, platforms.DefaultString(), sandbox.ErrImage)
+	}
+	return index.Manifests[best], nil
+}
+
+// pin names the manifest by its digest, so that it stays when its tag moves on,
+// and returns that name.
+func (r *Runtime) pin(ctx context.Context, name reference.Named, manifest ocispec.Descriptor) (string, error) {
+	digested, err := reference.WithDigest(reference.TrimNamed(name), manifest.Digest)
+	if err != nil {
+		return "", err
+	}
+	img := images.Image{Name: digested.String(), Target: manifest, Labels: map[string]string{labelPulled: r.state.ID}}
+	service := r.client.ImageService()
+	_, err = service.Create(ctx, img)
+	if errdefs.IsAlreadyExists(err) { // it is used again
+		_, err = service.Update(ctx, img, "labels."+labelPulled)
+	}
+	return img.Name, err
+}
+
+// prune lets go of what was pulled long ago.
+func (r *Runtime) prune(ctx context.Context) error {
+	all, err := r.client.ImageService().List(ctx, fmt.Sprintf("labels.%q==%s", labelPulled, r.state.ID))
+	for _, img := range all {
+		if time.Since(img.UpdatedAt) > pulledAge {
+			err = errors.Join(err, ignore(r.client.ImageService().Delete(ctx, img.Name), errdefs.IsNotFound))
+		}
+	}
+	return err
+}
+
+// unpack has the snapshotter unpack an image, if it has not.
+func (r *Runtime) unpack(ctx context.Context, img client.Image) error {
+	done, err := img.IsUnpacked(ctx, r.cfg.Snapshotter)
+	if err == nil && !done {
+		err = img.Unpack(ctx, r.cfg.Snapshotter)
+	}
+	if err != nil {
+		return fmt.Errorf("unpack: %w", err)
+	}
+	return nil
+}
+
+// unpacked is the name of the snapshot of an image that is here.
+func (r *Runtime) unpacked(ctx context.Context, image string) (digest.Digest, error) {
+	name := image
+	if named, err := parse(image); err == nil {
+		name = named.String()
+	}
+	img, err := r.client.GetImage(ctx, name)
+	if errdefs.IsNotFound(err) && name != image {
+		img, err = r.client.GetImage(ctx, image) // as somebody has tagged it
+	}
+	if errdefs.IsNotFound(err) {
+		return "", fmt.Errorf("image %s is not in the namespace %s of containerd: ctr -n %[2]s images pull or import it first: %w: %w", image, r.cfg.Namespace, err, sandbox.ErrUnsupported)
+	}
+	if err != nil {
+		return "", fmt.Errorf("image %s: %w", image, err)
+	}
+	if err := r.unpack(ctx, img); err != nil {
+		return "", fmt.Errorf("image %s: %w", image, err)
+	}
+	layers, err := img.RootFS(ctx)
+	if err != nil {
+		return "", fmt.Errorf("image %s: %w", image, err)
+	}
+	return identity.ChainID(layers), nil
+}
