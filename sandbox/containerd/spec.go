@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/engine"
@@ -13,7 +14,7 @@ import (
 
 const (
 	shmBytes = 64 << 20 // of /dev/shm; counted as memory
-	maxFiles = 1 << 16  // open files of a process
+	maxFiles = 1 << 16  // open files of a process, where the agent's own limit allows
 	period   = 100_000  // of CPU accounting in microseconds, the kernel's default
 
 	// version of the specification (github.com/opencontainers/runtime-spec) that
@@ -28,6 +29,11 @@ func (r *Runtime) spec(id string, s sandbox.Spec, first uint32) *specs.Spec {
 	for _, c := range engine.Capabilities() {
 		capabilities = append(capabilities, "CAP_"+c)
 	}
+	files := uint64(maxFiles)
+	var own unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &own); err == nil { // it cannot fail
+		files = min(files, own.Max)
+	}
 	ids := []specs.LinuxIDMapping{{HostID: first, Size: kernel.Span}}
 	return &specs.Spec{
 		Version:  version,
@@ -37,7 +43,7 @@ func (r *Runtime) spec(id string, s sandbox.Spec, first uint32) *specs.Spec {
 			Args: r.state.GuestArgs(s.Expires), Cwd: "/", NoNewPrivileges: true,
 			// None is inheritable, nor ambient: a user that is not root has none.
 			Capabilities: &specs.LinuxCapabilities{Bounding: capabilities, Permitted: capabilities, Effective: capabilities},
-			Rlimits:      []specs.POSIXRlimit{{Type: "RLIMIT_CORE"}, {Type: "RLIMIT_NOFILE", Hard: maxFiles, Soft: maxFiles}},
+			Rlimits:      []specs.POSIXRlimit{{Type: "RLIMIT_CORE"}, {Type: "RLIMIT_NOFILE", Hard: files, Soft: files}},
 		},
 		Mounts: r.mounts(),
 		Linux: &specs.Linux{

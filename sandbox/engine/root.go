@@ -31,7 +31,7 @@ const (
 
 	// ownInodes are 11 of ext4, the skeleton, one of the overlay, and what
 	// builder makes in any image.
-	ownInodes = 20
+	ownInodes = 25
 	runBytes  = 64 << 20 // of /run/mayfly; counted as memory
 	plain     = unix.MS_NOSUID | unix.MS_NODEV
 )
@@ -272,7 +272,7 @@ func (b *builder) directories() error {
 	for _, d := range []struct {
 		path string
 		mode fs.FileMode
-	}{{sandbox.Workspace, 0o755}, {"/tmp", sticky}, {"/var", 0o755}, {"/var/tmp", sticky}, {"/etc", 0o755}} {
+	}{{sandbox.Workspace, 0o755}, {"/tmp", sticky}, {"/var", 0o755}, {"/var/tmp", sticky}, {"/etc", 0o755}, {"/run", 0o755}, {sandbox.Run, 0o755}} {
 		if st, err := os.Stat(d.path); err == nil && st.IsDir() {
 			continue
 		}

@@ -259,6 +259,6 @@ func install(dir string, program []byte) (name string, err error) {
 func (s *State) Template(ctx context.Context, l sandbox.Limits) (string, error) {
 	s.templates.Lock()
 	defer s.templates.Unlock()
-	t := kernel.Template{Dir: filepath.Join(s.dir, baseDir), Version: "docker1", Skeleton: skeleton, Own: ownInodes}
+	t := kernel.Template{Dir: filepath.Join(s.dir, baseDir), Version: "engine1", Skeleton: skeleton, Own: ownInodes}
 	return t.Make(ctx, l.Disk, l.Inodes)
 }
