@@ -117,7 +117,9 @@ func (r *Runtime) endTask(ctx context.Context, name string, hurry bool) (gone bo
 }
 
 // settle makes sure that the daemon is not about to make the task: it may be, if
-// the agent ended while it asked for it. A task that it gives to us is no other's.
+// the agent ended while it asked for it. It refuses to make what it is making; a
+// task that it gives to us, or fails to make for want of the ids that are another
+// box's, is no other's.
 func (r *Runtime) settle(ctx context.Context, name string) (bool, error) {
 	_, err := r.newTask(ctx, r.id(name), r.cfg.FirstID)
 	switch {
@@ -176,4 +178,3 @@ func (r *Runtime) List(ctx context.Context) ([]sandbox.Info, error) {
 	}
 	return out, nil
 }
-

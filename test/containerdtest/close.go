@@ -13,7 +13,9 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/api/services/tasks/v1"
+	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
@@ -188,4 +190,14 @@ func children(pid int) (out []int) {
 		}
 	}
 	return out
+}
+
+// DeleteLease deletes the lease of that name, if there is one, and waits for the
+// garbage collection.
+func (d *Daemon) DeleteLease(ctx context.Context, id string) error {
+	err := d.client.LeasesService().Delete(ctx, leases.Lease{ID: id}, leases.SynchronousDelete)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	return err
 }
