@@ -19,8 +19,9 @@ GUEST := sandbox/guest/bin/mayfly-guest-$(GOARCH)
 DEBIAN := bsdutils ca-certificates curl debconf e2fsprogs gcc git iproute2 libc6-dev make nodejs \
 	openssl passwd postgresql python3 runc strace systemd util-linux
 
-# And those of the Docker runtime's tests, which start daemons of their own.
-ENGINE := busybox-static debootstrap docker.io
+# And those of the tests of the runtimes over engines, which start daemons of
+# their own.
+ENGINE := busybox-static containerd debootstrap docker.io
 
 # Real servers that the tests and the benchmark run against, each a directory of
 # test/servers. They are built once and kept outside of the tree.
@@ -73,7 +74,7 @@ release: ## dist/: static binaries for amd64 and arm64, built twice and compared
 deps: # Debian packages; silent and quick when nothing is missing
 	@test/scripts/deps.sh $(DEBIAN)
 
-engine: # a Docker Engine, and what its test image is made with
+engine: # a Docker Engine, containerd, and what its test image is made with
 	@test/scripts/deps.sh $(ENGINE)
 
 servers: # built once, which takes minutes; silent and quick after that

@@ -94,15 +94,35 @@ func TestExamplePolicy(t *testing.T) {
 
 func TestExampleDocker(t *testing.T) {
 	t.Parallel()
-	c, err := Load("agent-docker.yaml")
+	own := exampleEngine(t, "docker")
+	if own.Image != "debian:12" || own.Host != "unix:///var/run/docker.sock" {
+		t.Errorf("runtime: got %+v", own)
+	}
+}
+
+func TestExampleContainerd(t *testing.T) {
+	t.Parallel()
+	if own := exampleEngine(t, "containerd"); own.Image != "debian:12" || own.Pull != "missing" {
+		t.Errorf("runtime: got %+v", own)
+	}
+}
+
+// An ownEngine is what the examples say of a runtime over an engine.
+type ownEngine struct {
+	Image string `yaml:"image"`
+	Host  string `yaml:"host"`
+	Pull  string `yaml:"pull"`
+}
+
+// exampleEngine reads the example of a runtime, and the policy that goes with it.
+func exampleEngine(t *testing.T, runtime string) (own ownEngine) {
+	t.Helper()
+	file := "agent-" + runtime + ".yaml"
+	c, err := Load(file)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var own struct {
-		Image string `yaml:"image"`
-		Host  string `yaml:"host"`
-	}
-	if err := c.Runtimes["docker"].Decode(&own); err != nil || own.Image != "debian:12" || own.Host != "unix:///var/run/docker.sock" || c.Runtimes["docker"].Type != "docker" {
+	if err := c.Runtimes[runtime].Decode(&own); err != nil || c.Runtimes[runtime].Type != runtime {
 		t.Errorf("runtime: got %+v, %v", own, err)
 	}
 	src, err := os.ReadFile(c.Policy)
@@ -114,14 +134,15 @@ func TestExampleDocker(t *testing.T) {
 		t.Fatal(err)
 	}
 	places := p.Places()
-	if len(places) != 2 || places[0].Runtime != "docker" || places[0].Image != "golang:1.26" || places[1].Runtime != "native" {
+	if len(places) != 2 || places[0].Runtime != runtime || places[0].Image != "golang:1.26" || places[1].Runtime != "native" {
 		t.Errorf("places: got %+v", places)
 	}
 	for _, place := range places {
 		if _, ok := c.Runtimes[place.Runtime]; !ok {
-			t.Errorf("%s: runtime %s is not in agent-docker.yaml", place.Rule, place.Runtime)
+			t.Errorf("%s: runtime %s is not in %s", place.Rule, place.Runtime, file)
 		}
 	}
+	return own
 }
 
 func TestDefaults(t *testing.T) {

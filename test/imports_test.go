@@ -38,13 +38,11 @@ func table() []row {
 		{"sandbox/kernel", "sandbox", "what runtimes on one kernel share; it knows no runtime"},
 		{"sandbox/native", "sandbox creds sandbox/egress sandbox/netns sandbox/guest sandbox/kernel sandbox/native/boxinit", "a runtime, and what it makes of the first process of a box"},
 		{"sandbox/native/boxinit", "sandbox/netns", "linked into process 1 of a box, which is small and starts fast: not even the contract"},
-<<<<<<< HEAD
-		{"sandbox/docker", "sandbox creds sandbox/egress sandbox/netns sandbox/guest sandbox/guest/wire sandbox/kernel", "a runtime; it meets the guest at an address that the protocol knows"},
 		{"sandbox/wall", "sandbox sandbox/egress", "looks at a box through both contracts, whatever made it"},
-=======
 		{"sandbox/engine", "sandbox sandbox/egress sandbox/netns sandbox/guest sandbox/guest/wire sandbox/kernel", "what runtimes over a container engine share; it meets the guest at an address that the protocol knows"},
+		{"sandbox/engine/enginetest", "sandbox sandbox/kernel", "what the tests of those runtimes share"},
+		{"sandbox/containerd", "sandbox creds sandbox/kernel sandbox/engine", "a runtime; the box is finished by what engines share"},
 		{"sandbox/docker", "sandbox creds sandbox/kernel sandbox/engine", "a runtime; the box is finished by what engines share"},
->>>>>>> 398488a (sandbox/engine: move what runtimes over a container engine share out of docker)
 		{"sandbox/guest", "sandbox sandbox/guest/wire", "the agent's end of the stream to a box"},
 		{"sandbox/guest/wire", "", "linked into process 1"},
 		{"sandbox/guest/serve", "sandbox/guest/wire", "linked into process 1"},
@@ -78,7 +76,16 @@ type confinement struct {
 func confinements() []confinement {
 	return []confinement{
 		{"github.com/docker/docker", "sandbox/docker test/dockertest", "sandbox/docker test/...", "one runtime speaks to a Docker Engine"},
-		{"github.com/containerd/errdefs", "sandbox/docker", "sandbox/docker", "what the errors of that client are made of"},
+		{"github.com/containerd/errdefs", "sandbox/docker sandbox/containerd test/containerdtest", "sandbox/docker sandbox/containerd", "what the errors of both clients are made of"},
+		{"github.com/containerd/errdefs/pkg", "sandbox/containerd", "", "what they are on the wire"},
+		{"github.com/containerd/containerd/v2", "sandbox/containerd test/containerdtest", "sandbox/containerd", "one runtime speaks to containerd"},
+		{"github.com/containerd/containerd/api", "sandbox/containerd test/containerdtest", "sandbox/containerd", "its messages about tasks, which the client wraps in more than a box needs"},
+		{"github.com/containerd/typeurl/v2", "sandbox/containerd", "sandbox/containerd", "how containerd carries a specification"},
+		{"github.com/containerd/platforms", "sandbox/containerd", "sandbox/containerd", "which image of an index is for this machine"},
+		{"github.com/distribution/reference", "sandbox/containerd", "sandbox/containerd", "names of images as people write them"},
+		{"github.com/opencontainers/go-digest", "sandbox/containerd", "sandbox/containerd", "digests, in that client's calls"},
+		{"github.com/opencontainers/image-spec", "sandbox/containerd", "sandbox/containerd", "manifests, in that client's calls"},
+		{"github.com/opencontainers/runtime-spec", "sandbox/containerd", "sandbox/containerd", "what an OCI runtime is told"},
 		{"github.com/jackc/pgx/v5", "creds/postgres test/...", "creds/postgres runner cmd/mayfly", "one issuer speaks PostgreSQL"},
 		{"github.com/rhysd/actionlint", "providers/workflow", "providers/workflow", "a parser with types of its own: they end at the package that uses it"},
 		{"go.yaml.in/yaml/v4", "configs/strict providers/workflow", "configs/strict", "one way to read YAML; providers/workflow counts aliases with it before it parses"},
@@ -88,13 +95,8 @@ func confinements() []confinement {
 		{"github.com/rs/zerolog", "cmd/mayfly runner test/...", "...", "implementations return errors and do not log"},
 		{"github.com/prometheus/client_golang", "runner/monitor", "", "one package shows metrics"},
 		{"github.com/rogpeppe/go-internal", "", "...", "test scripts"},
-<<<<<<< HEAD
 		{"golang.org/x/net", "sandbox/egress/... sandbox/wall sandbox/native/... sandbox/netns/... test/...", "...", "DNS messages and packet filters"},
-		{"golang.org/x/sys", "sandbox/native/... sandbox/docker sandbox/kernel sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/internal/... runner/monitor cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
-=======
-		{"golang.org/x/net", "sandbox/egress/... sandbox/native/... sandbox/netns/... test/...", "...", "DNS messages and packet filters"},
-		{"golang.org/x/sys", "sandbox/native/... sandbox/engine sandbox/kernel sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/internal/... runner/monitor cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
->>>>>>> 398488a (sandbox/engine: move what runtimes over a container engine share out of docker)
+		{"golang.org/x/sys", "sandbox/native/... sandbox/engine sandbox/containerd sandbox/kernel sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/internal/... runner/monitor cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
 	}
 }
 

@@ -22,6 +22,7 @@ import (
 	"github.com/mayfly-ci/mayfly/runner/audit"
 	"github.com/mayfly-ci/mayfly/runner/policy"
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/containerd"
 	"github.com/mayfly-ci/mayfly/sandbox/docker"
 	"github.com/mayfly-ci/mayfly/sandbox/egress/gateway"
 	"github.com/mayfly-ci/mayfly/sandbox/guest"
@@ -129,6 +130,9 @@ func (w *wiring) runtimes() error {
 		case docker.Config:
 			c.StateDir, c.Owner, c.Guest = state, w.state.Owner, program
 			runtime, err = docker.New(c)
+		case containerd.Config:
+			c.StateDir, c.Owner, c.Guest = state, w.state.Owner, program
+			runtime, err = containerd.New(c)
 		}
 		if err != nil {
 			return exitError{exitUsage, fmt.Errorf("sandbox %s: %w", name, err)}
@@ -141,8 +145,8 @@ func (w *wiring) runtimes() error {
 	return nil
 }
 
-// runtimeConfig is what the section says of a runtime: a native.Config or a
-// docker.Config. weak is whether it is for an ordinary user if the section does
+// runtimeConfig is what the section says of a runtime: a native.Config, a
+// docker.Config or a containerd.Config. weak is whether it is for an ordinary user if the section does
 // not say.
 func runtimeConfig(section configs.Section, weak bool) (any, error) {
 	switch section.Type {
@@ -150,8 +154,10 @@ func runtimeConfig(section configs.Section, weak bool) (any, error) {
 		return nativeConfig(section, weak)
 	case "docker":
 		return dockerConfig(section)
+	case "containerd":
+		return containerdConfig(section)
 	}
-	return nil, section.Errorf("type", "runtime %q: this agent has native and docker", section.Type)
+	return nil, section.Errorf("type", "runtime %q: this agent has native, docker and containerd", section.Type)
 }
 
 func nativeConfig(section configs.Section, weak bool) (native.Config, error) {
@@ -184,6 +190,34 @@ func dockerConfig(section configs.Section) (docker.Config, error) {
 		return docker.Config{}, section.Errorf("host", "%w", err)
 	}
 	return docker.Config{Host: own.Host, Image: own.Image, Runtime: own.Runtime}, nil
+}
+
+func containerdConfig(section configs.Section) (containerd.Config, error) {
+	var own struct {
+		Address     string                `yaml:"address"`
+		Namespace   string                `yaml:"namespace"`
+		Snapshotter string                `yaml:"snapshotter"`
+		Image       string                `yaml:"image,required"`
+		Pull        containerd.PullPolicy `yaml:"pull"`
+		Runtime     string                `yaml:"runtime"`
+		FirstID     uint32                `yaml:"first_id"`
+	}
+	if err := section.Decode(&own); err != nil {
+		return containerd.Config{}, err
+	}
+	c := containerd.Config{
+		Address: own.Address, Namespace: own.Namespace, Snapshotter: own.Snapshotter,
+		Image: own.Image, Pull: own.Pull, Runtime: own.Runtime, FirstID: own.FirstID,
+	}
+	for _, check := range []struct {
+		key string
+		err error
+	}{{"address", containerd.CheckAddress(c.Address)}, {"pull", c.Pull.Check()}, {"namespace", containerd.CheckNamespace(c.Namespace)}} {
+		if check.err != nil {
+			return containerd.Config{}, section.Errorf(check.key, "%w", check.err)
+		}
+	}
+	return c, nil
 }
 
 func (w *wiring) issuers() error {

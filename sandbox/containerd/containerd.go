@@ -41,6 +41,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/identifiers"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
@@ -122,6 +123,18 @@ func CheckAddress(address string) error {
 	return nil
 }
 
+// CheckNamespace refuses what cannot be a namespace of containerd. "" is
+// DefaultNamespace.
+func CheckNamespace(name string) error {
+	if name == "" {
+		return nil
+	}
+	if err := identifiers.Validate(name); err != nil {
+		return fmt.Errorf("namespace: %w", err)
+	}
+	return nil
+}
+
 func (c *Config) complete() error {
 	for _, d := range []struct {
 		value    *string
@@ -143,7 +156,7 @@ func (c *Config) complete() error {
 	if c.Trace == nil {
 		c.Trace = func(string) {}
 	}
-	if err := errors.Join(CheckAddress(c.Address), c.Pull.complete()); err != nil {
+	if err := errors.Join(CheckAddress(c.Address), c.Pull.Check(), CheckNamespace(c.Namespace)); err != nil {
 		return err
 	}
 	c.Address = strings.TrimPrefix(c.Address, "unix://")
@@ -152,9 +165,6 @@ func (c *Config) complete() error {
 		return errors.New("no image: name the one that boxes have if a rule names none")
 	case c.Slots < 0 || uint64(c.FirstID)+uint64(c.Slots)*kernel.Span > 1<<32-2 || c.FirstID < kernel.Span:
 		return fmt.Errorf("%d id ranges from %d: they must fit in 32 bits and begin at %d or above", c.Slots, c.FirstID, kernel.Span)
-	}
-	if err := namespaceName(c.Namespace); err != nil {
-		return err
 	}
 	var err error
 	c.Limits, err = engine.Defaults(c.Limits)

@@ -46,13 +46,6 @@ const (
 	answered = "answered"
 )
 
-func namespaceName(name string) error {
-	if err := identifiers.Validate(name); err != nil {
-		return fmt.Errorf("namespace: %w", err)
-	}
-	return nil
-}
-
 // id is the name of all that a box has in containerd: of no other state
 // directory's, and of one that containerd takes.
 func (r *Runtime) id(name string) string {

@@ -34,15 +34,13 @@ const (
 	PullNever   PullPolicy = "never"
 )
 
-func (p *PullPolicy) complete() error {
-	switch *p {
-	case "":
-		*p = PullMissing
-	case PullMissing, PullAlways, PullNever:
-	default:
-		return fmt.Errorf("pull %q: write missing, always or never", *p)
+// Check refuses a policy that is none of these.
+func (p PullPolicy) Check() error {
+	switch p {
+	case "", PullMissing, PullAlways, PullNever:
+		return nil
 	}
-	return nil
+	return fmt.Errorf("pull %q: write missing, always or never", p)
 }
 
 // labelPulled marks the name of an image that Pull made, by its digest.
