@@ -47,8 +47,8 @@ func (s *scene) dockerRuntime(owner string) (sandbox.Runtime, error) {
 	})
 }
 
-func (s *scene) overDocker(cfg *runner.Config, state *runner.State) error {
-	runtime, err := s.dockerRuntime(state.Owner)
+// overEngine is an agent over a runtime of an engine, and files.
+func (s *scene) overEngine(cfg *runner.Config, runtime sandbox.Runtime, err error) error {
 	if err != nil {
 		return err
 	}
@@ -77,5 +77,8 @@ func (s *scene) dockerLeft() (left []string, err error) {
 // again says whether the agent that was killed at a point is killed a second
 // time at one of the recovery.
 func (s *scene) again(first, second string) bool {
-	return s.Kind != "docker" || strings.HasPrefix(first, "docker.") || strings.HasPrefix(second, "docker.") || strings.HasPrefix(second, "released.box")
+	if s.Kind != "docker" && s.Kind != "containerd" {
+		return true
+	}
+	return strings.HasPrefix(first, s.Kind+".") || strings.HasPrefix(second, s.Kind+".") || strings.HasPrefix(second, "released.box")
 }

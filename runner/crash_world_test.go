@@ -26,6 +26,7 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
 	"github.com/mayfly-ci/mayfly/sandbox/sandboxtest"
+	"github.com/mayfly-ci/mayfly/test/containerdtest"
 	"github.com/mayfly-ci/mayfly/test/dockertest"
 )
 
@@ -73,9 +74,10 @@ type scene struct {
 	silent bool              // the kill came before the journal heard of the task
 	Server serverLane        // the real one, if the kind is server
 
-	Engine string // address of the lane's Docker daemon
+	Engine string // address of the lane's daemon
 
-	daemon *dockertest.Daemon
+	daemon     *dockertest.Daemon
+	containerd *containerdtest.Daemon
 }
 
 func newScene(t *testing.T, kind string, lane int) *scene {
@@ -87,8 +89,11 @@ func newScene(t *testing.T, kind string, lane int) *scene {
 	if kind == "real" || kind == "server" {
 		t.Cleanup(func() { s.removeCgroups(t) })
 	}
-	if kind == "docker" {
+	switch kind {
+	case "docker":
 		s.startEngine(t)
+	case "containerd":
+		s.startContainerd(t)
 	}
 	return s
 }
@@ -171,7 +176,11 @@ func (s *scene) config(state *runner.State) (runner.Config, error) {
 	case "real":
 		return cfg, s.real(&cfg, state)
 	case "docker":
-		return cfg, s.overDocker(&cfg, state)
+		runtime, err := s.dockerRuntime(state.Owner)
+		return cfg, s.overEngine(&cfg, runtime, err)
+	case "containerd":
+		runtime, err := s.containerdRuntime(state.Owner)
+		return cfg, s.overEngine(&cfg, runtime, err)
 	case "server":
 		return cfg, s.realServer(&cfg, state)
 	case "gitea":
@@ -207,6 +216,8 @@ func (s *scene) left() ([]string, error) {
 		more, err = s.realLeft()
 	case "docker":
 		more, err = s.dockerLeft()
+	case "containerd":
+		more, err = s.containerdLeft()
 	case "server":
 		if more, err = s.boxesLeft(); s.Engine != "" {
 			more, err = s.dockerLeft()

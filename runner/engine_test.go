@@ -14,20 +14,40 @@ import (
 
 	"github.com/mayfly-ci/mayfly/providers"
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
+	"github.com/mayfly-ci/mayfly/test/containerdtest"
 )
 
-// TestEngineKilled kills the Docker daemon under an agent, with SIGKILL, and
-// starts it again: during a job, which fails and says why, and during release,
-// which insists until the daemon is back and then reports what is true.
+// TestEngineKilled kills the daemon under an agent, with SIGKILL, and starts it
+// again: during a job, which fails and says why if the daemon of Docker ends its
+// containers with itself, and goes on over containerd; and during release, which
+// insists until the daemon is back and then reports what is true.
 func TestEngineKilled(t *testing.T) {
-	s := newScene(t, "docker", 0)
+	t.Run("docker", func(t *testing.T) {
+		s := newScene(t, "docker", 0)
+		engineKilled(t, s, s.daemon, "300", providers.Failure, "sandbox died")
+	})
+	for lane, v := range containerdtest.Versions() {
+		t.Run("containerd "+string(v), func(t *testing.T) {
+			s := newScene(t, "containerd", lane)
+			engineKilled(t, s, s.containerd, "5", providers.Success, "")
+		})
+	}
+}
+
+// killable is a daemon of either kind.
+type killable interface {
+	Kill(context.Context) error
+	Restart(context.Context) error
+}
+
+func engineKilled(t *testing.T, s *scene, daemon killable, seconds string, want providers.Conclusion, reason string) {
 	for _, c := range []struct {
 		name, first string
 		until       string // what the audit says when the daemon comes back
 		want        providers.Conclusion
 		reason      string
 	}{
-		{"during a job", "echo one; sleep 300", "", providers.Failure, "sandbox died"},
+		{"during a job", "echo one; sleep " + seconds, "", want, reason},
 		{"during release", "echo one; sleep 2", `"job.end"`, providers.Success, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -41,13 +61,13 @@ func TestEngineKilled(t *testing.T) {
 			go func() { defer close(ended); s.life(t, "run", "", false) }()
 			s.await(t, s.spool("done", crashJob, "log"), "one")
 			ctx := context.Background()
-			if err := s.daemon.Kill(ctx); err != nil {
+			if err := daemon.Kill(ctx); err != nil {
 				t.Fatal(err)
 			}
 			if c.until != "" {
 				s.await(t, filepath.Join(s.Dir, "audit", "*"), c.until)
 			}
-			if err := s.daemon.Restart(ctx); err != nil {
+			if err := daemon.Restart(ctx); err != nil {
 				t.Fatal(err)
 			}
 			<-ended

@@ -17,6 +17,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/mayfly-ci/mayfly/test/containerdtest"
 	"github.com/mayfly-ci/mayfly/test/dockertest"
 	"github.com/mayfly-ci/mayfly/test/postgrestest"
 )
@@ -32,7 +33,7 @@ func TestMain(m *testing.M) {
 // guest (make guest); what a script makes stays below $WORK.
 //
 // Beside the commands of testscript, scripts have: code, eventually, nobody,
-// flip, database, freeport, canary and engine, each explained below.
+// flip, database, freeport, canary, engine and containerd, each explained below.
 func TestScript(t *testing.T) {
 	t.Parallel()
 	if os.Geteuid() != 0 {
@@ -48,7 +49,7 @@ func TestScript(t *testing.T) {
 		Setup:               setup,
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"code": code, "eventually": eventually, "nobody": nobody, "flip": flip, "database": database,
-			"freeport": freeport, "canary": canary, "engine": engine,
+			"freeport": freeport, "canary": canary, "engine": engine, "containerd": startContainerd,
 		},
 	})
 }
@@ -174,6 +175,21 @@ func engine(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	ts.Defer(func() { ts.Check(d.Close()) })
 	ts.Setenv("ENGINE", d.Host())
+}
+
+// startContainerd starts a containerd with the same images: its address is in $ENGINE.
+func startContainerd(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 0 {
+		ts.Fatalf("usage: containerd")
+	}
+	dir, err := os.MkdirTemp("", "mayfly-script-")
+	ts.Check(err)
+	ts.Defer(func() { ts.Check(os.RemoveAll(dir)) })
+	ts.Check(os.Chmod(dir, 0o711)) // root of a user namespace goes through it
+	d, err := containerdtest.New(context.Background(), filepath.Join(dir, "containerd"), containerdtest.Packaged)
+	ts.Check(err)
+	ts.Defer(func() { ts.Check(d.Close()) })
+	ts.Setenv("ENGINE", d.Address())
 }
 
 // database starts a server: its port is in $PGPORT, and the administrator's
