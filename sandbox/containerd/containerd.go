@@ -43,6 +43,7 @@ import (
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/identifiers"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
@@ -201,6 +202,10 @@ func open(cfg Config) (*Runtime, error) {
 	}
 	if err != nil {
 		return nil, fmt.Errorf("system call filter: %w", err)
+	}
+	// The client has a log of its own; what matters to an operator is in errors.
+	if err := log.SetLevel("panic"); err != nil {
+		return nil, err
 	}
 	// It also bounds how long the client is idle before it looks whether a daemon
 	// that was away is back.

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
@@ -74,7 +75,8 @@ func refused(err error) error {
 			return fmt.Errorf("%w: %w", err, sandbox.ErrImage)
 		}
 	}
-	if errors.Is(err, docker.ErrInvalidAuthorization) {
+	var answer remoteerrors.ErrUnexpectedStatus
+	if errors.Is(err, docker.ErrInvalidAuthorization) || errors.As(err, &answer) && (answer.StatusCode == http.StatusUnauthorized || answer.StatusCode == http.StatusForbidden) {
 		return fmt.Errorf("%w: %w", err, sandbox.ErrImage)
 	}
 	return err
@@ -128,7 +130,7 @@ func (r *Runtime) pull(ctx context.Context, name reference.Named, p sandbox.Pull
 	}
 	c := spec.Config
 	out.Env, out.Entrypoint, out.Cmd, out.User, out.Dir = c.Env, c.Entrypoint, c.Cmd, c.User, c.WorkingDir
-	return out, r.prune(ctx)
+	return out, r.prune(ctx, pulledAge)
 }
 
 // fetch asks the registry of that name, and tells it, and nobody else, who asks.
@@ -206,11 +208,11 @@ func (r *Runtime) pin(ctx context.Context, name reference.Named, manifest ocispe
 	return img.Name, err
 }
 
-// prune lets go of what was pulled long ago.
-func (r *Runtime) prune(ctx context.Context) error {
+// prune lets go of what was last pulled that long ago.
+func (r *Runtime) prune(ctx context.Context, age time.Duration) error {
 	all, err := r.client.ImageService().List(ctx, fmt.Sprintf("labels.%q==%s", labelPulled, r.state.ID))
 	for _, img := range all {
-		if time.Since(img.UpdatedAt) > pulledAge {
+		if time.Since(img.UpdatedAt) > age {
 			err = errors.Join(err, ignore(r.client.ImageService().Delete(ctx, img.Name), errdefs.IsNotFound))
 		}
 	}
