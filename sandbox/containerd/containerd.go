@@ -141,8 +141,10 @@ func (c *Config) complete() error {
 		value    *string
 		standard string
 	}{
-		{&c.Address, DefaultAddress}, {&c.Namespace, DefaultNamespace},
-		{&c.Snapshotter, DefaultSnapshotter}, {&c.Runtime, DefaultRuntime},
+		{&c.Address, DefaultAddress},
+		{&c.Namespace, DefaultNamespace},
+		{&c.Snapshotter, DefaultSnapshotter},
+		{&c.Runtime, DefaultRuntime},
 	} {
 		if *d.value == "" {
 			*d.value = d.standard

@@ -29,8 +29,12 @@ func TestPull(t *testing.T) {
 				test func(*testing.T, *containerdtest.Daemon, *testRegistry)
 			}{
 				{"missing", pullMissing}, // first: its layer is in all of them
-				{"always", pullAlways}, {"never", pullNever}, {"index", pullIndex},
-				{"refused", pullRefused}, {"secrets", pullSecrets}, {"pruned", pullPruned},
+				{"always", pullAlways},
+				{"never", pullNever},
+				{"index", pullIndex},
+				{"refused", pullRefused},
+				{"secrets", pullSecrets},
+				{"pruned", pullPruned},
 			} {
 				t.Run(c.name, func(t *testing.T) { c.test(t, d, from) })
 			}
