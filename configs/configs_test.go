@@ -102,16 +102,19 @@ func TestExampleDocker(t *testing.T) {
 
 func TestExampleContainerd(t *testing.T) {
 	t.Parallel()
-	if own := exampleEngine(t, "containerd"); own.Image != "debian:12" || own.Pull != "missing" {
+	if own := exampleEngine(t, "containerd"); own.Image != "debian:12" || own.Images.Pull != "missing" || len(own.Images.From) != 1 {
 		t.Errorf("runtime: got %+v", own)
 	}
 }
 
 // An ownEngine is what the examples say of a runtime over an engine.
 type ownEngine struct {
-	Image string `yaml:"image"`
-	Host  string `yaml:"host"`
-	Pull  string `yaml:"pull"`
+	Image  string `yaml:"image"`
+	Host   string `yaml:"host"`
+	Images struct {
+		Pull string   `yaml:"pull"`
+		From []string `yaml:"from"`
+	} `yaml:"images"`
 }
 
 // exampleEngine reads the example of a runtime, and the policy that goes with it.

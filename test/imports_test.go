@@ -83,7 +83,7 @@ func confinements() []confinement {
 		{"github.com/containerd/typeurl/v2", "sandbox/containerd", "sandbox/containerd", "how containerd carries a specification"},
 		{"github.com/containerd/log", "sandbox/containerd", "", "to silence it: implementations return errors and do not log"},
 		{"github.com/containerd/platforms", "sandbox/containerd", "sandbox/containerd", "which image of an index is for this machine"},
-		{"github.com/distribution/reference", "sandbox/containerd", "sandbox/containerd", "names of images as people write them"},
+		{"github.com/distribution/reference", "sandbox/engine", "sandbox/engine", "names of images as people write them"},
 		{"github.com/opencontainers/go-digest", "sandbox/containerd", "sandbox/containerd", "digests, in that client's calls"},
 		{"github.com/opencontainers/image-spec", "sandbox/containerd", "sandbox/containerd", "manifests, in that client's calls"},
 		{"github.com/opencontainers/runtime-spec", "sandbox/containerd", "sandbox/containerd", "what an OCI runtime is told"},

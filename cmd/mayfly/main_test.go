@@ -49,7 +49,7 @@ func TestScript(t *testing.T) {
 		Setup:               setup,
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"code": code, "eventually": eventually, "nobody": nobody, "flip": flip, "database": database,
-			"freeport": freeport, "canary": canary, "engine": engine, "containerd": startContainerd,
+			"freeport": freeport, "canary": canary, "engine": startEngine, "containerd": startContainerd,
 		},
 	})
 }
@@ -162,9 +162,9 @@ func flip(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// engine starts a Docker daemon with the images of dockertest: its address is
+// startEngine starts a Docker daemon with the images of dockertest: its address is
 // in $ENGINE.
-func engine(ts *testscript.TestScript, neg bool, args []string) {
+func startEngine(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 0 {
 		ts.Fatalf("usage: engine")
 	}

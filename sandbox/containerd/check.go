@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/engine"
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 )
 
@@ -23,6 +24,10 @@ func (r *Runtime) Check(ctx context.Context) (claims []sandbox.Claim, err error)
 	version, err := r.reach(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("containerd: check: %w", err)
+	}
+	base, err := r.pull(r.within(ctx), sandbox.Pull{Image: r.cfg.Image}, engine.Missing)
+	if err != nil {
+		return nil, fmt.Errorf("containerd: check: image %s: %w", r.cfg.Image, refused(err))
 	}
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
@@ -39,10 +44,10 @@ func (r *Runtime) Check(ctx context.Context) (claims []sandbox.Claim, err error)
 	if _, err := b.Get(ctx, "/etc/resolv.conf", 4096); err != nil {
 		return nil, fmt.Errorf("containerd: check: %w", err)
 	}
-	return r.claims(version), nil
+	return r.claims(version, base.Digest), nil
 }
 
-func (r *Runtime) claims(version string) []sandbox.Claim {
+func (r *Runtime) claims(version, base string) []sandbox.Claim {
 	const groups = "a control group of its own, seen in the kernel for each box"
 	about := fmt.Sprintf("containerd %s, %s, %s; boxes survive a restart of it", version, r.cfg.Snapshotter, r.cfg.Runtime)
 	var all []sandbox.Claim
@@ -58,7 +63,8 @@ func (r *Runtime) claims(version string) []sandbox.Claim {
 		{"process limit", groups},
 		{"disk limit", "the image below a file system of that size and number of files per box"},
 		{"user id range", fmt.Sprintf("%d ids from %d, %d for each box", r.cfg.Slots*kernel.Span, r.cfg.FirstID, kernel.Span)},
-		{"base", "the image " + r.cfg.Image + ", copy-on-write"},
+		{"base", "the image " + r.cfg.Image + ", " + base + ", copy-on-write"},
+		{"images", r.cfg.Images.String()},
 	} {
 		all = append(all, sandbox.Claim{Name: c[0], Enforced: true, Detail: c[1]})
 	}

@@ -83,8 +83,8 @@ type Config struct {
 	Snapshotter string
 	// Image is that of boxes whose Spec has none: a tag or a digest.
 	Image string
-	// Pull says when Pull asks a registry.
-	Pull PullPolicy
+	// Images say which images are pulled.
+	Images engine.Images
 	// Runtime names a shim of containerd whose OCI runtime runs processes on the
 	// kernel of this machine, as runc does.
 	Runtime string
@@ -159,7 +159,7 @@ func (c *Config) complete() error {
 	if c.Trace == nil {
 		c.Trace = func(string) {}
 	}
-	if err := errors.Join(CheckAddress(c.Address), c.Pull.Check(), CheckNamespace(c.Namespace)); err != nil {
+	if err := errors.Join(CheckAddress(c.Address), c.Images.Check(), CheckNamespace(c.Namespace)); err != nil {
 		return err
 	}
 	c.Address = strings.TrimPrefix(c.Address, "unix://")

@@ -1,11 +1,14 @@
 package containerd
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -16,33 +19,13 @@ import (
 	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
-	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/engine"
 )
-
-// A PullPolicy says when a registry is asked. "" is PullMissing.
-type PullPolicy string
-
-// Pull policies. An image that a digest names is asked for at most once under
-// any of them.
-const (
-	PullMissing PullPolicy = "missing" // if the image is not here
-	PullAlways  PullPolicy = "always"  // what its tag is now
-	PullNever   PullPolicy = "never"
-)
-
-// Check refuses a policy that is none of these.
-func (p PullPolicy) Check() error {
-	switch p {
-	case "", PullMissing, PullAlways, PullNever:
-		return nil
-	}
-	return fmt.Errorf("pull %q: write missing, always or never", p)
-}
 
 // labelPulled marks the name of an image that Pull made, by its digest.
 const labelPulled = "ci.mayfly.pulled"
@@ -51,20 +34,17 @@ const labelPulled = "ci.mayfly.pulled"
 // keeps, after it was last pulled. Boxes keep theirs by themselves.
 const pulledAge = 7 * 24 * time.Hour
 
-// Pull implements sandbox.Puller. The image is fetched by this process, which so
-// keeps the password to itself, and is stored and unpacked by containerd, which
-// checks each digest.
+// Pull implements sandbox.Puller; the image "" is that of the configuration. The
+// image is fetched by this process, which so keeps the password to itself, and is
+// stored and unpacked by containerd, which checks each digest. User and password
+// go to the registry of the image's name, or where that sends it for a token.
 func (r *Runtime) Pull(ctx context.Context, p sandbox.Pull) (sandbox.Image, error) {
-	ctx = r.within(ctx)
-	name, err := parse(p.Image)
+	p.Image = cmp.Or(p.Image, r.cfg.Image)
+	got, err := r.pull(r.within(ctx), p, r.cfg.Images.Pull)
 	if err != nil {
-		return sandbox.Image{}, fmt.Errorf("containerd: image %q: %w: %w", p.Image, err, sandbox.ErrImage)
+		return sandbox.Image{}, fmt.Errorf("containerd: image %.300s: %w", p.Image, refused(err))
 	}
-	out, err := r.pull(ctx, name, p)
-	if err != nil {
-		return sandbox.Image{}, fmt.Errorf("containerd: image %s: %w", name, refused(err))
-	}
-	return out, nil
+	return got, nil
 }
 
 // refused adds sandbox.ErrImage to what a registry, or the content of an image,
@@ -82,36 +62,32 @@ func refused(err error) error {
 	return err
 }
 
-// parse makes a person's name of an image whole. Of a tag beside a digest only
-// the digest counts.
-func parse(name string) (reference.Named, error) {
-	named, err := reference.ParseDockerRef(name)
-	if err != nil {
-		return nil, err
+func (r *Runtime) pull(ctx context.Context, p sandbox.Pull, when engine.When) (out sandbox.Image, err error) {
+	if err := r.cfg.Images.Allow(p.Image); err != nil {
+		return out, err
 	}
-	return named, nil
-}
-
-func (r *Runtime) pull(ctx context.Context, name reference.Named, p sandbox.Pull) (out sandbox.Image, err error) {
+	name, err := engine.ParseName(p.Image)
+	if err != nil {
+		return out, err
+	}
+	if name.Repository == "" {
+		return out, fmt.Errorf("it is a digest without the name of a repository: %w", sandbox.ErrImage)
+	}
 	if _, err := r.reach(ctx); err != nil {
 		return out, err
 	}
-	_, pinned := name.(reference.Digested)
-	img, err := r.client.GetImage(ctx, name.String())
-	switch {
-	case err == nil && (pinned || r.cfg.Pull != PullAlways):
-		if _, err = img.Spec(ctx); err == nil { // or it is not all here
-			break
-		}
-		fallthrough
-	case r.cfg.Pull == PullNever:
-		return out, fmt.Errorf("it is not in the namespace %s, and nothing is pulled (pull: never): %w: %w", r.cfg.Namespace, err, sandbox.ErrImage)
-	case err == nil || errdefs.IsNotFound(err):
+	may := r.cfg.Images.Pulls(name)
+	img, err := r.here(ctx, name)
+	if err != nil && !errdefs.IsNotFound(err) {
+		return out, err
+	}
+	switch found := err == nil; {
+	case may && (!found || when == engine.Always && name.Digest == ""):
 		if img, out.Size, err = r.fetch(ctx, name, p); err != nil {
 			return out, err
 		}
-	default:
-		return out, err
+	case !found:
+		return out, fmt.Errorf("%w: it is not in the namespace %s of containerd, and may not be pulled: import it with ctr -n %[2]s images import, or allow it with images.from and images.pull", sandbox.ErrImage, r.cfg.Namespace)
 	}
 	if err := r.unpack(ctx, img); err != nil {
 		return out, err
@@ -124,19 +100,45 @@ func (r *Runtime) pull(ctx context.Context, name reference.Named, p sandbox.Pull
 	if out.Ref, err = r.pin(ctx, name, manifest); err != nil {
 		return out, err
 	}
+	return out, errors.Join(describe(ctx, img, &out), r.prune(ctx, pulledAge))
+}
+
+// here is an image of which all is on this machine.
+func (r *Runtime) here(ctx context.Context, name engine.Name) (client.Image, error) {
+	img, err := r.client.GetImage(ctx, name.Full)
+	if err != nil {
+		return nil, err
+	}
+	done, err := img.IsUnpacked(ctx, r.cfg.Snapshotter)
+	if err == nil && !done {
+		available, _, _, missing, checkErr := images.Check(ctx, img.ContentStore(), img.Target(), platforms.Only(platforms.DefaultSpec()))
+		if err = checkErr; err == nil && (!available || len(missing) > 0) {
+			err = fmt.Errorf("%d parts of it: %w", len(missing), errdefs.ErrNotFound)
+		}
+	}
+	return img, err
+}
+
+// describe says what an image asks for.
+func describe(ctx context.Context, img client.Image, out *sandbox.Image) error {
 	spec, err := img.Spec(ctx)
 	if err != nil {
-		return out, err
+		return err
 	}
 	c := spec.Config
 	out.Env, out.Entrypoint, out.Cmd, out.User, out.Dir = c.Env, c.Entrypoint, c.Cmd, c.User, c.WorkingDir
-	return out, r.prune(ctx, pulledAge)
+	for _, word := range slices.Concat(c.Env, c.Entrypoint, c.Cmd, []string{c.User, c.WorkingDir}) {
+		if strings.Contains(word, "\x00") {
+			return fmt.Errorf("its configuration has a zero byte in %.100q: %w", word, sandbox.ErrImage)
+		}
+	}
+	return nil
 }
 
 // fetch asks the registry of that name, and tells it, and nobody else, who asks.
 // A registry on a loopback address may speak plain HTTP.
-func (r *Runtime) fetch(ctx context.Context, name reference.Named, p sandbox.Pull) (client.Image, int64, error) {
-	registry, err := docker.DefaultHost(reference.Domain(name))
+func (r *Runtime) fetch(ctx context.Context, name engine.Name, p sandbox.Pull) (client.Image, int64, error) {
+	registry, err := docker.DefaultHost(name.Registry)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -157,7 +159,11 @@ func (r *Runtime) fetch(ctx context.Context, name reference.Named, p sandbox.Pul
 		}
 		return nil, nil
 	})
-	img, err := r.client.Pull(ctx, name.String(), client.WithResolver(docker.NewResolver(docker.ResolverOptions{Hosts: hosts})),
+	var labels map[string]string
+	if name.Digest != "" { // a tag stays until it moves on
+		labels = map[string]string{labelPulled: r.state.ID}
+	}
+	img, err := r.client.Pull(ctx, name.Full, client.WithPullLabels(labels), client.WithResolver(docker.NewResolver(docker.ResolverOptions{Hosts: hosts})),
 		client.WithPlatformMatcher(platforms.Only(platforms.DefaultSpec())), client.WithImageHandler(count),
 		client.WithPullUnpack, client.WithPullSnapshotter(r.cfg.Snapshotter))
 	return img, size.Load(), err
@@ -194,25 +200,22 @@ func (r *Runtime) manifest(ctx context.Context, img client.Image) (ocispec.Descr
 
 // pin names the manifest by its digest, so that it stays when its tag moves on,
 // and returns that name.
-func (r *Runtime) pin(ctx context.Context, name reference.Named, manifest ocispec.Descriptor) (string, error) {
-	digested, err := reference.WithDigest(reference.TrimNamed(name), manifest.Digest)
-	if err != nil {
-		return "", err
-	}
-	img := images.Image{Name: digested.String(), Target: manifest, Labels: map[string]string{labelPulled: r.state.ID}}
+func (r *Runtime) pin(ctx context.Context, name engine.Name, manifest ocispec.Descriptor) (string, error) {
+	img := images.Image{Name: name.Repository + "@" + manifest.Digest.String(), Target: manifest, Labels: map[string]string{labelPulled: r.state.ID}}
 	service := r.client.ImageService()
-	_, err = service.Create(ctx, img)
+	_, err := service.Create(ctx, img)
 	if errdefs.IsAlreadyExists(err) { // it is used again
 		_, err = service.Update(ctx, img, "labels."+labelPulled)
 	}
 	return img.Name, err
 }
 
-// prune lets go of what was last pulled that long ago.
+// prune lets go of what was last pulled that long ago, the base excepted.
 func (r *Runtime) prune(ctx context.Context, age time.Duration) error {
 	all, err := r.client.ImageService().List(ctx, fmt.Sprintf("labels.%q==%s", labelPulled, r.state.ID))
+	base, _ := engine.ParseName(r.cfg.Image) // as somebody has tagged it, if it is none
 	for _, img := range all {
-		if time.Since(img.UpdatedAt) > age {
+		if img.Name != base.Full && time.Since(img.UpdatedAt) > age {
 			err = errors.Join(err, ignore(r.client.ImageService().Delete(ctx, img.Name), errdefs.IsNotFound))
 		}
 	}
@@ -234,8 +237,8 @@ func (r *Runtime) unpack(ctx context.Context, img client.Image) error {
 // unpacked is the name of the snapshot of an image that is here.
 func (r *Runtime) unpacked(ctx context.Context, image string) (digest.Digest, error) {
 	name := image
-	if named, err := parse(image); err == nil {
-		name = named.String()
+	if n, err := engine.ParseName(image); err == nil {
+		name = n.Full
 	}
 	img, err := r.client.GetImage(ctx, name)
 	if errdefs.IsNotFound(err) && name != image {

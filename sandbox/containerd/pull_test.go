@@ -14,6 +14,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/engine"
 	"github.com/mayfly-ci/mayfly/sandbox/engine/enginetest"
 	"github.com/mayfly-ci/mayfly/test/containerdtest"
 )
@@ -44,10 +45,10 @@ func TestPull(t *testing.T) {
 }
 
 // puller is a runtime with a pull policy.
-func puller(t *testing.T, d *containerdtest.Daemon, p PullPolicy) *Runtime {
+func puller(t *testing.T, d *containerdtest.Daemon, when engine.When) *Runtime {
 	t.Helper()
 	cfg := config(t, d)
-	cfg.Pull = p
+	cfg.Images = engine.Images{Pull: when, From: []string{"127.0.0.1:*/team/**"}}
 	return newRuntime(t, cfg)
 }
 
@@ -95,7 +96,7 @@ func pullMissing(t *testing.T, d *containerdtest.Daemon, from *testRegistry) {
 }
 
 func pullAlways(t *testing.T, d *containerdtest.Daemon, from *testRegistry) {
-	r := puller(t, d, PullAlways)
+	r := puller(t, d, engine.Always)
 	first := pulled(t, r, from.push(t, "team/always:1", busybox(t, runtime.GOARCH, "one")))
 	name := from.push(t, "team/always:1", busybox(t, runtime.GOARCH, "two"))
 	second := pulled(t, r, name)
@@ -112,11 +113,22 @@ func pullAlways(t *testing.T, d *containerdtest.Daemon, from *testRegistry) {
 }
 
 func pullNever(t *testing.T, d *containerdtest.Daemon, from *testRegistry) {
-	r := puller(t, d, PullNever)
+	r := puller(t, d, engine.Never)
 	name := from.push(t, "team/never:1", busybox(t, runtime.GOARCH, "never"))
 	if _, err := r.Pull(enginetest.Bounded(t), pullOf(name)); !errors.Is(err, sandbox.ErrImage) || from.requests() > 0 {
 		t.Errorf("an image that is not there: got %v, want ErrImage and no request", err)
 	}
+	// Nor one that is not listed.
+	r = puller(t, d, engine.Missing)
+	r.cfg.Images.From = []string{"registry.example/**"}
+	if _, err := r.Pull(enginetest.Bounded(t), pullOf(name)); !errors.Is(err, sandbox.ErrImage) || from.requests() > 0 {
+		t.Errorf("an image that is not listed: got %v, want ErrImage and no request", err)
+	}
+	r.cfg.Images.DigestOnly = true
+	if _, err := r.Pull(enginetest.Bounded(t), pullOf(containerdtest.Busybox)); !errors.Is(err, sandbox.ErrImage) {
+		t.Errorf("a tag where digests are wanted: got %v, want ErrImage", err)
+	}
+	r = puller(t, d, engine.Never)
 	if got := pulled(t, r, containerdtest.Busybox); !strings.HasPrefix(got.Ref, "docker.io/mayfly-test/busybox@sha256:") {
 		t.Errorf("an image that is there: got %+v", got)
 	}
@@ -124,7 +136,7 @@ func pullNever(t *testing.T, d *containerdtest.Daemon, from *testRegistry) {
 
 // pullIndex: of several images that for this machine is taken.
 func pullIndex(t *testing.T, d *containerdtest.Daemon, from *testRegistry) {
-	r := puller(t, d, PullMissing)
+	r := puller(t, d, engine.Missing)
 	index := func(archs ...string) (v1.ImageIndex, v1.Image) {
 		var last v1.Image
 		all := v1.ImageIndex(empty.Index)
@@ -150,7 +162,7 @@ func pullIndex(t *testing.T, d *containerdtest.Daemon, from *testRegistry) {
 }
 
 func pullRefused(t *testing.T, d *containerdtest.Daemon, from *testRegistry) {
-	r := puller(t, d, PullMissing)
+	r := puller(t, d, engine.Missing)
 	name := from.push(t, "team/refused:1", busybox(t, runtime.GOARCH, "refused"))
 	digest := digestOf(t, busybox(t, runtime.GOARCH, "lie"))
 	lied := from.push(t, "team/lied@"+digest, busybox(t, runtime.GOARCH, "lie"))
@@ -184,7 +196,7 @@ func pullRefused(t *testing.T, d *containerdtest.Daemon, from *testRegistry) {
 // pullSecrets: whoever the registry redirects to does not hear the password, also
 // if he asks; and the registry hears it, or nothing could be pulled.
 func pullSecrets(t *testing.T, d *containerdtest.Daemon, from *testRegistry) {
-	r := puller(t, d, PullMissing)
+	r := puller(t, d, engine.Missing)
 	pulled(t, r, from.push(t, "team/secrets:1", busybox(t, runtime.GOARCH, "secrets")))
 	if from.requests() == 0 {
 		t.Error("the registry was not asked")
@@ -205,7 +217,7 @@ func pullSecrets(t *testing.T, d *containerdtest.Daemon, from *testRegistry) {
 // pullPruned: names that Pull made are let go of when they are old, and a box
 // keeps what it is made of.
 func pullPruned(t *testing.T, d *containerdtest.Daemon, from *testRegistry) {
-	r := puller(t, d, PullAlways)
+	r := puller(t, d, engine.Always)
 	first := pulled(t, r, from.push(t, "team/pruned:1", busybox(t, runtime.GOARCH, "old")))
 	if err := r.prune(r.within(enginetest.Bounded(t)), 0); err != nil {
 		t.Fatal(err)

@@ -24,7 +24,7 @@ func TestConfig(t *testing.T) {
 		"tcp":                 func(c *Config) { c.Address = "tcp://192.0.2.1:2376" },
 		"relative socket":     func(c *Config) { c.Address = "containerd.sock" },
 		"no namespace":        func(c *Config) { c.Namespace = "../x" },
-		"no policy":           func(c *Config) { c.Pull = "sometimes" },
+		"no policy":           func(c *Config) { c.Images.Pull = "sometimes" },
 		"negative limit":      func(c *Config) { c.Limits.Memory = -1 },
 		"ids of the host":     func(c *Config) { c.FirstID = 1000 },
 		"ids beyond 32 bits":  func(c *Config) { c.FirstID = 1<<32 - 1 },
