@@ -36,10 +36,11 @@ func table() []row {
 		{"sandbox", "creds", "a contract; an image is pulled with a secret"},
 		{"sandbox/...", "sandbox creds sandbox/egress sandbox/netns sandbox/guest sandbox/wall", "a runtime builds boxes and their network, and knows neither jobs nor policy"},
 		{"sandbox/kernel", "sandbox", "what runtimes on one kernel share; it knows no runtime"},
+		{"sandbox/mountpoint", "", "linked into process 1"},
 		{"sandbox/native", "sandbox creds sandbox/egress sandbox/netns sandbox/guest sandbox/kernel sandbox/native/boxinit", "a runtime, and what it makes of the first process of a box"},
-		{"sandbox/native/boxinit", "sandbox/netns", "linked into process 1 of a box, which is small and starts fast: not even the contract"},
+		{"sandbox/native/boxinit", "sandbox/netns sandbox/mountpoint", "linked into process 1 of a box, which is small and starts fast: not even the contract"},
 		{"sandbox/wall", "sandbox sandbox/egress", "looks at a box through both contracts, whatever made it"},
-		{"sandbox/engine", "sandbox sandbox/egress sandbox/netns sandbox/guest sandbox/guest/wire sandbox/kernel", "what runtimes over a container engine share; it meets the guest at an address that the protocol knows"},
+		{"sandbox/engine", "sandbox sandbox/egress sandbox/netns sandbox/guest sandbox/guest/wire sandbox/kernel sandbox/mountpoint", "what runtimes over a container engine share; it meets the guest at an address that the protocol knows"},
 		{"sandbox/engine/enginetest", "sandbox sandbox/kernel", "what the tests of those runtimes share"},
 		{"sandbox/containerd", "sandbox creds sandbox/kernel sandbox/engine", "a runtime; the box is finished by what engines share"},
 		{"sandbox/docker", "sandbox creds sandbox/kernel sandbox/engine", "a runtime; the box is finished by what engines share"},
@@ -97,8 +98,8 @@ func confinements() []confinement {
 		{"github.com/rs/zerolog", "cmd/mayfly runner test/...", "...", "implementations return errors and do not log"},
 		{"github.com/prometheus/client_golang", "runner/monitor", "", "one package shows metrics"},
 		{"github.com/rogpeppe/go-internal", "", "...", "test scripts"},
+		{"golang.org/x/sys", "sandbox/native/... sandbox/engine sandbox/containerd sandbox/kernel sandbox/mountpoint sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/internal/... runner/monitor cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
 		{"golang.org/x/net", "sandbox/egress/... sandbox/wall sandbox/native/... sandbox/netns/... test/...", "...", "DNS messages and packet filters"},
-		{"golang.org/x/sys", "sandbox/native/... sandbox/engine sandbox/containerd sandbox/kernel sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/internal/... runner/monitor cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
 	}
 }
 

@@ -111,8 +111,11 @@ func (r *Runtime) create(ctx context.Context, name string, s sandbox.Spec) (*eng
 	if s.Limits, err = kernel.Limits(s.Limits, r.cfg.Limits); err != nil {
 		return nil, err
 	}
-	if s.Isolation != sandbox.Kernel || len(s.Mounts) > 0 {
-		return nil, fmt.Errorf("isolation %q and %d mounts: %w", s.Isolation, len(s.Mounts), sandbox.ErrUnsupported)
+	if s.Isolation != sandbox.Kernel {
+		return nil, fmt.Errorf("isolation %q: %w", s.Isolation, sandbox.ErrUnsupported)
+	}
+	if err := kernel.CheckMounts(s.Mounts); err != nil {
+		return nil, err
 	}
 	if s.Image == "" {
 		s.Image = r.cfg.Image
@@ -163,7 +166,7 @@ func (r *Runtime) build(ctx context.Context, b *engine.Box, s sandbox.Spec, chai
 		return fmt.Errorf("start: %w", errgrpc.ToNative(err))
 	}
 	r.cfg.Trace("containerd.started")
-	if err := b.Enter(ctx, pid, id, s.Limits); err != nil {
+	if err := b.Enter(ctx, pid, id, s); err != nil {
 		return err
 	}
 	r.cfg.Trace("containerd.entered")

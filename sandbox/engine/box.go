@@ -38,17 +38,17 @@ var _ sandbox.Sandbox = (*Box)(nil)
 // Enter takes the process with that number of the host, of the container with
 // that id, for process 1 of the box. It looks in the kernel whether it is what
 // the engine was asked for, and finishes the box from inside its namespaces.
-func (b *Box) Enter(ctx context.Context, pid int, id string, l sandbox.Limits) (err error) {
+func (b *Box) Enter(ctx context.Context, pid int, id string, s sandbox.Spec) (err error) {
 	if b.Process, err = FindProcess(pid, id); err != nil {
 		return err
 	}
 	if b.groups, err = b.Process.groups(); err != nil {
 		return err
 	}
-	if err := errors.Join(b.Process.confined(), b.groups.limited(l)); err != nil {
+	if err := errors.Join(b.Process.confined(), b.groups.limited(s.Limits)); err != nil {
 		return err
 	}
-	b.conn, err = b.enter(ctx)
+	b.conn, err = b.enter(ctx, s.Mounts)
 	return err
 }
 

@@ -17,6 +17,7 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
 	"github.com/mayfly-ci/mayfly/sandbox/guest/wire"
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
+	"github.com/mayfly-ci/mayfly/sandbox/mountpoint"
 	"github.com/mayfly-ci/mayfly/sandbox/netns"
 )
 
@@ -49,7 +50,7 @@ func skeleton(dir string) error {
 
 // enter finishes the box from inside its namespaces and returns the stream to
 // the guest, which waits for a word on it.
-func (b *Box) enter(ctx context.Context) (net.Conn, error) {
+func (b *Box) enter(ctx context.Context, mounts []sandbox.Mount) (net.Conn, error) {
 	uid, gid, err := b.Process.Root()
 	if err != nil {
 		return nil, err
@@ -57,6 +58,15 @@ func (b *Box) enter(ctx context.Context) (net.Conn, error) {
 	layers, err := b.layers()
 	defer func() {
 		for _, fd := range layers {
+			_ = unix.Close(fd) // the box has it, or nobody
+		}
+	}()
+	if err != nil {
+		return nil, err
+	}
+	trees, err := b.Process.trees(mounts, uid != 0)
+	defer func() {
+		for _, fd := range trees {
 			_ = unix.Close(fd) // the box has it, or nobody
 		}
 	}()
@@ -82,7 +92,11 @@ func (b *Box) enter(ctx context.Context) (net.Conn, error) {
 		if stream, err = b.Process.connect(ctx); err != nil {
 			return err
 		}
-		return (&builder{uid, gid, layers}).build(b.Disk)
+		build := &builder{uid, gid, layers}
+		if err := build.build(b.Disk); err != nil {
+			return err
+		}
+		return build.mounts(mounts, trees)
 	})
 	b.sockets = sandbox.Sockets{TCP: file(fds.TCP, "tcp"), DNS: file(fds.DNS, "dns"), Log: file(fds.Log, "log")}
 	if stream < 0 {
@@ -246,6 +260,37 @@ func (b *builder) mountPoint(p string) error {
 		return fmt.Errorf("image: %w", err)
 	}
 	return nil
+}
+
+// trees opens the directories of the host that the box sees, outside of it.
+func (p *Process) trees(mounts []sandbox.Mount, remapped bool) (fds []int, err error) {
+	var userns *os.File
+	if remapped && len(mounts) > 0 {
+		if userns, err = os.Open(proc(p.pid, "ns", "user")); err != nil {
+			return nil, fmt.Errorf("user namespace: %w", err)
+		}
+		defer userns.Close() // the mounts have their own
+	}
+	for _, m := range mounts {
+		fd, err := kernel.OpenMount(m.Source, userns)
+		if err != nil {
+			return fds, err
+		}
+		fds = append(fds, fd)
+	}
+	return fds, nil
+}
+
+// mounts puts them into the root, which is that of this thread by now.
+func (b *builder) mounts(mounts []sandbox.Mount, trees []int) error {
+	root, err := unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("new root: %w", err)
+	}
+	for i, m := range mounts {
+		err = errors.Join(err, mountpoint.Attach(trees[i], root, m.Target, b.uid, b.gid))
+	}
+	return errors.Join(err, unix.Close(root))
 }
 
 // enterRoot makes the overlay the root of every process of the container, the

@@ -46,8 +46,11 @@ func (r *Runtime) Create(ctx context.Context, name string, s sandbox.Spec) (sand
 	if s.Image != "" {
 		return nil, fmt.Errorf("native: image %q: boxes have the host's base only: %w", s.Image, sandbox.ErrUnsupported)
 	}
-	if s.Isolation != sandbox.Kernel || len(s.Mounts) > 0 {
-		return nil, fmt.Errorf("native: isolation %q and %d mounts: %w", s.Isolation, len(s.Mounts), sandbox.ErrUnsupported)
+	if s.Isolation != sandbox.Kernel {
+		return nil, fmt.Errorf("native: isolation %q: %w", s.Isolation, sandbox.ErrUnsupported)
+	}
+	if err := kernel.CheckMounts(s.Mounts); err != nil {
+		return nil, fmt.Errorf("native: %w", err)
 	}
 	base, err := r.base(ctx, s.Limits)
 	if err != nil {
@@ -161,6 +164,9 @@ func (r *Runtime) plan(s sandbox.Spec, etc string) (*boxinit.Setup, []boxinit.La
 	for _, p := range r.cfg.Base {
 		layers = append(layers, boxinit.Layer{Path: p, Source: p})
 	}
+	for _, m := range s.Mounts {
+		layers = append(layers, boxinit.Layer{Path: m.Target, Source: m.Source, Mount: true})
+	}
 	setup := &boxinit.Setup{
 		Unprivileged: r.cfg.Unprivileged,
 		Layers:       layers,
@@ -254,6 +260,14 @@ func (r *Runtime) mounts(b *box, from base, layers []boxinit.Layer) (fds []int, 
 		return fds, fmt.Errorf("disk: %w", err)
 	}
 	for _, l := range layers {
+		if l.Mount {
+			fd, err := kernel.OpenMount(l.Source, ns)
+			if err != nil {
+				return fds, err
+			}
+			fds = append(fds, fd)
+			continue
+		}
 		fd, err := unix.OpenTree(unix.AT_FDCWD, l.Source, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
 		if err != nil {
 			return fds, fmt.Errorf("layer %s: %w", l.Source, err)

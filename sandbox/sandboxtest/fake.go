@@ -3,7 +3,7 @@
 //
 // The fake executes nothing: no runtime without a sandbox exists, not even for
 // tests. Its boxes are directories that outlive a killed process, and its
-// "processes" understand five words (see [Fake]).
+// "processes" understand six words (see [Fake]).
 package sandboxtest
 
 import (
@@ -38,6 +38,7 @@ import (
 //	append F TEXT  add TEXT and a newline to the file F below sandbox.Run
 //	block          wait until the context ends
 //	exit N         end with status N
+//	mounted T      print what directory of the host is mounted at T
 //
 // A process with a Stdin reads its lines from there, one in each slice, and
 // prints the size of its terminal first if it has one; /bin/true does nothing.
@@ -87,7 +88,7 @@ func (f *Fake) Create(ctx context.Context, name string, s sandbox.Spec) (sandbox
 		return nil, err
 	}
 	f.here("fake.box.labelled")
-	return &fakeBox{fake: f, name: name, files: map[string][]byte{}}, nil
+	return &fakeBox{fake: f, name: name, mounts: s.Mounts, files: map[string][]byte{}}, nil
 }
 
 // Destroy removes the directory of the box.
@@ -140,8 +141,9 @@ func (f *Fake) Check(context.Context) ([]sandbox.Claim, error) {
 }
 
 type fakeBox struct {
-	fake *Fake
-	name string
+	fake   *Fake
+	name   string
+	mounts []sandbox.Mount
 
 	mu    sync.Mutex
 	files map[string][]byte
@@ -269,6 +271,12 @@ func (b *fakeBox) line(ctx context.Context, p sandbox.Process, line string) (exi
 		b.mu.Lock()
 		b.files[sandbox.Run+"/"+file] = append(b.files[sandbox.Run+"/"+file], text+"\n"...)
 		b.mu.Unlock()
+	case "mounted":
+		for _, m := range b.mounts {
+			if m.Target == rest {
+				err = p.Stdout(time.Now(), []byte(m.Source+"\n"))
+			}
+		}
 	case "block":
 		<-ctx.Done()
 	case "exit":

@@ -74,7 +74,7 @@ func Run(t *testing.T, factory func(t *testing.T) Harness) {
 }
 
 func clauses() []clause {
-	return slices.Concat(lifeClauses(), runClauses(), stopClauses(), inputClauses(), transferClauses(), limitClauses(), isolationClauses())
+	return slices.Concat(lifeClauses(), runClauses(), stopClauses(), inputClauses(), transferClauses(), limitClauses(), isolationClauses(), mountClauses())
 }
 
 // BuildProbe compiles test/isolation/probe, the program that the suite runs in

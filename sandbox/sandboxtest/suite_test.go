@@ -125,7 +125,7 @@ func RunMutants(t *testing.T, factory func(t *testing.T) Harness) {
 	for _, c := range clauses() {
 		byName[c.name] = c
 	}
-	for _, m := range slices.Concat(lifeMutants(), endMutants(), runMutants(), inputMutants(), transferMutants(), limitMutants(), isolationMutants()) {
+	for _, m := range slices.Concat(lifeMutants(), endMutants(), runMutants(), inputMutants(), transferMutants(), limitMutants(), isolationMutants(), mountMutants()) {
 		c, ok := byName[m.clause]
 		if !ok {
 			t.Errorf("mutant of %q, which is no clause", m.clause)

@@ -8,6 +8,8 @@ import (
 	"strconv"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/mayfly-ci/mayfly/sandbox/mountpoint"
 )
 
 // stage is where the disk is mounted while the box is built. It must exist on
@@ -35,7 +37,7 @@ func (b *builder) filesystem() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("mounts private: %w", err)
 	}
-	for _, step := range []func() error{b.disk, b.layers, b.hide, b.proc, b.dev, b.tmpfs, enter} {
+	for _, step := range []func() error{b.disk, b.layers, b.hide, b.proc, b.dev, b.tmpfs, b.mounts, enter} {
 		if err := step(); err != nil {
 			return err
 		}
@@ -83,6 +85,21 @@ func (b *builder) memoryDisk() error {
 	return Skeleton(stage)
 }
 
+// mounts puts the directories of the host that this box sees below the new root.
+func (b *builder) mounts() error {
+	root, err := unix.Open(newRoot, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("new root: %w", err)
+	}
+	fds := b.fds[len(b.fds)-len(b.Layers):]
+	for i, l := range b.Layers {
+		if l.Mount {
+			err = errors.Join(err, mountpoint.Attach(fds[i], root, l.Path, 0, 0))
+		}
+	}
+	return errors.Join(err, unix.Close(root))
+}
+
 // layers puts the base below the new root, copy-on-write where it may change.
 func (b *builder) layers() error {
 	fds := b.fds
@@ -93,6 +110,9 @@ func (b *builder) layers() error {
 		return fmt.Errorf("layers: got %d descriptors for %d layers", len(fds), len(b.Layers))
 	}
 	for i, l := range b.Layers {
+		if l.Mount {
+			continue
+		}
 		target := newRoot + path.Clean(l.Path)
 		if err := os.MkdirAll(target, 0o755); err != nil {
 			return fmt.Errorf("layer %s: %w", l.Path, err)

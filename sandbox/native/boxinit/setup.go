@@ -17,6 +17,9 @@ const (
 // carries this many directories lower/N, upper/N, work/N and hide/N.
 const Dirs = 16
 
+// Mounts is how many directories of the host a box may see beside its layers.
+const Mounts = 4
+
 // MaxMessage bounds an encoded Setup and the answer, in bytes.
 const MaxMessage = 64 << 10
 
@@ -42,6 +45,7 @@ type Layer struct {
 	Path   string // in the box, absolute
 	Source string // on the host; used by an unprivileged box only
 	Write  bool   // a private copy-on-write view instead of read-only
+	Mount  bool   // comes after all else, to where the box's own links lead
 }
 
 var errMessage = errors.New("setup message is malformed")
@@ -50,7 +54,7 @@ var errMessage = errors.New("setup message is malformed")
 func (s *Setup) Encode() []byte {
 	b := []byte{flag(s.Unprivileged), byte(len(s.Layers)), byte(len(s.Hide))}
 	for _, l := range s.Layers {
-		b = append(b, flag(l.Write))
+		b = append(b, flag(l.Write), flag(l.Mount))
 		b = text(text(b, l.Path), l.Source)
 	}
 	for _, h := range s.Hide {
@@ -67,12 +71,12 @@ func Decode(b []byte) (*Setup, error) {
 	r := reader{b: b}
 	s := &Setup{Unprivileged: r.byte() == 1}
 	layers, hide := int(r.byte()), int(r.byte())
-	if layers > Dirs || hide > Dirs {
+	if layers > Dirs+Mounts || hide > Dirs {
 		return nil, errMessage
 	}
 	for range layers {
-		write := r.byte() == 1
-		s.Layers = append(s.Layers, Layer{Write: write, Path: r.text(), Source: r.text()})
+		write, mount := r.byte() == 1, r.byte() == 1
+		s.Layers = append(s.Layers, Layer{Write: write, Mount: mount, Path: r.text(), Source: r.text()})
 	}
 	for range hide {
 		s.Hide = append(s.Hide, r.text())

@@ -24,16 +24,17 @@ var errAbsent = errors.New("not found")
 // started with.
 func files() map[string]probe {
 	return map[string]probe{
-		"read":    {2, func(a []string) error { return read(a[0], a[1]) }},
-		"open":    {1, func(a []string) error { return readable(a[0]) }},
-		"link":    {1, func(a []string) error { _, err := os.Readlink(a[0]); return err }},
-		"find":    {1, func(a []string) error { return find("/", a[0]) }},
-		"sockets": {0, func([]string) error { return sockets() }},
-		"fds":     {0, func([]string) error { return descriptors() }},
-		"status":  {1, func(a []string) error { return status(a[0]) }},
-		"handle":  {2, func(a []string) error { return byHandle(a[0], a[1]) }},
-		"setuid":  {3, func(a []string) error { return setuid(a[0], a[1], a[2]) }},
-		"copy":    {2, func(a []string) error { return copySelf(a[0], a[1]) }},
+		"read":     {2, func(a []string) error { return read(a[0], a[1]) }},
+		"open":     {1, func(a []string) error { return readable(a[0]) }},
+		"link":     {1, func(a []string) error { _, err := os.Readlink(a[0]); return err }},
+		"find":     {1, func(a []string) error { return find("/", a[0]) }},
+		"sockets":  {0, func([]string) error { return sockets() }},
+		"fds":      {0, func([]string) error { return descriptors() }},
+		"status":   {1, func(a []string) error { return status(a[0]) }},
+		"handle":   {2, func(a []string) error { return byHandle(a[0], a[1]) }},
+		"setuid":   {3, func(a []string) error { return setuid(a[0], a[1], a[2]) }},
+		"writable": {1, func(a []string) error { return writable(a[0]) }},
+		"copy":     {2, func(a []string) error { return copySelf(a[0], a[1]) }},
 	}
 }
 
@@ -168,6 +169,34 @@ func setuid(program, file, token string) error {
 		return fmt.Errorf("%w: %s", err, out)
 	}
 	return nil
+}
+
+// writable writes a file below a mount, in each way that there is to make it
+// writable first.
+func writable(dir string) error {
+	file := filepath.Join(dir, "new")
+	write := func() error { return os.WriteFile(file, []byte("new"), 0o644) }
+	var errs []error
+	for _, change := range []func() error{
+		func() error { return nil },
+		func() error { return unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_BIND, "") },
+		func() error { return unix.Mount("", dir, "", unix.MS_REMOUNT, "") },
+		func() error {
+			return unix.MountSetattr(unix.AT_FDCWD, dir, 0, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY})
+		},
+		func() error { return unix.Unmount(dir, unix.MNT_DETACH) },
+		func() error { return unix.Mount("tmpfs", dir, "tmpfs", 0, "") },
+	} {
+		err := change()
+		if err == nil {
+			err = write()
+		}
+		if err == nil {
+			return nil
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
 }
 
 // copySelf makes a setuid copy of this program and a file that only root reads.
