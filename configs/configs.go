@@ -49,6 +49,7 @@ type Config struct {
 	Runtimes  map[string]Section // the key "sandbox"
 	Issuers   map[string]Section
 	Gateway   Section
+	GitCache  GitCache // the key "git_cache"
 
 	node strict.Node
 }
@@ -80,6 +81,7 @@ type file struct {
 	Sandbox   map[name]*sectionNode `yaml:"sandbox"`
 	Issuers   map[name]*sectionNode `yaml:"issuers"`
 	Gateway   strict.Node           `yaml:"gateway"`
+	GitCache  *gitNode              `yaml:"git_cache"`
 	Quotas    *quotasNode           `yaml:"quotas"`
 	Monitor   *monitorNode          `yaml:"monitor"`
 	Log       logNode               `yaml:"log"`
@@ -176,7 +178,7 @@ func (c *Config) fill(f file) error {
 		c.Runtimes = runtimes
 	}
 	c.Gateway = Section{node: f.Gateway}
-	errs = append(errs, f.Quotas.fill(&c.Quotas), f.Monitor.fill(&c.Monitor))
+	errs = append(errs, f.Quotas.fill(&c.Quotas), f.Monitor.fill(&c.Monitor), f.GitCache.fill(dir, &c.GitCache))
 	return strict.Join(errs...)
 }
 

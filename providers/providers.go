@@ -145,6 +145,22 @@ type Provider interface {
 	Complete(ctx context.Context, name string, ref []byte, r Result) error
 }
 
+// A Sourcer is a Provider that says where the agent, and not the job, can fetch
+// the job's repository from with git.
+type Sourcer interface {
+	// Source is for a job that Claim returned. It asks nobody.
+	Source(j Job) (Source, error)
+}
+
+// A Source is the address of a repository. It is made of what the agent was told
+// about the service, and never of what a job says.
+type Source struct {
+	URL    string // https, http or file; without user, query and fragment
+	User   string // beside Token, which is the job's own
+	Token  creds.Secret
+	RootCA string // PEM file of authorities; "" is the system's
+}
+
 // A Logger is a Provider that shows the job's log.
 type Logger interface {
 	// Log opens the log of a claimed job. After a crash it is opened again and

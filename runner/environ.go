@@ -11,6 +11,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/providers/workflow"
+	"github.com/mayfly-ci/mayfly/runner/gitcache"
 	"github.com/mayfly-ci/mayfly/runner/policy"
 	"github.com/mayfly-ci/mayfly/sandbox"
 )
@@ -31,6 +32,9 @@ const basePath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/
 func (s *steps) environment(step *current) []string {
 	env := map[string]string{"CI": "true", "HOME": "/root", "USER": "root", "LANG": "C.UTF-8", "TMPDIR": tempDir}
 	env["PATH"] = strings.Join(append(slices.Clone(s.path), basePath), ":")
+	if len(s.mounts) > 0 {
+		env[gitcache.TemplateVar] = gitcache.TemplateDir
+	}
 	maps.Copy(env, s.env)
 	maps.Copy(env, step.frame.env)
 	maps.Copy(env, step.env)

@@ -37,6 +37,9 @@ type life struct {
 	clock    *stopwatch
 	steps    *steps // nil before there is a box
 	look     atomic.Pointer[wall.Look]
+
+	mounts []sandbox.Mount // what the box sees of the host
+	letGo  func()          // of what mounts name; nil if it is nothing
 }
 
 // admit asks the policy, and writes down its answer before anything follows
@@ -95,6 +98,7 @@ func (l *life) spec(plan policy.Plan, deadline time.Time) sandbox.Spec {
 		Image:   plan.Image,
 		Limits:  plan.Limits,
 		Expires: l.expires(plan, deadline),
+		Mounts:  l.mounts,
 	}
 }
 

@@ -55,6 +55,7 @@ func (a *Agent) live(ctx context.Context, t *turn, offer providers.Offer, claime
 	defer a.enlist(name)()
 
 	l := &life{Agent: a, log: log, provider: a.cfg.Providers[t.provider], turn: t, clock: newStopwatch()}
+	defer l.unmounted()
 	job, err := hold(ctx, l, name, func(ctx context.Context) (providers.Job, grip, error) {
 		job, err := l.provider.Claim(ctx, name, offer)
 		return job, grip{job.Ref, job.ByName}, err
@@ -123,6 +124,9 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 		return providers.Result{}, err
 	}
 
+	if err := l.objects(ctx); err != nil {
+		return providers.Result{}, err
+	}
 	name := boxName(l.log.Job)
 	box, err := hold(ctx, l, name, func(ctx context.Context) (sandbox.Sandbox, grip, error) {
 		box, err := l.cfg.Runtimes[plan.Runtime].Create(ctx, name, l.spec(plan, deadline))

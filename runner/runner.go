@@ -6,7 +6,7 @@
 // action.go an action), listen.go hears and stream.go masks what they print,
 // settle.go insists on the release, recover.go and reap.go are the same release
 // after a crash, keep.go and shell.go are the boxes that stay for somebody to
-// look at, state.go is the directory.
+// look at, objects.go is the git cache, state.go is the directory.
 package runner
 
 import (
@@ -62,6 +62,7 @@ type Config struct {
 	Runtimes  map[string]sandbox.Runtime
 	Issuers   map[string]creds.Issuer
 	Gateway   egress.Gateway
+	Git       GitCache // nil is none
 	Policy    *policy.Policy
 	Audit     audit.Sink
 	Log       zerolog.Logger

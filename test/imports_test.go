@@ -54,10 +54,11 @@ func table() []row {
 		{"runner/audit", "", "a contract; an auditor reads the file without the agent"},
 		{"runner/audit/...", "runner/audit", "the suite of the contract"},
 		{"runner/monitor", "runner runner/audit", "looks at the agent and counts its audit; the agent does not know it"},
+		{"runner/gitcache", "creds", "git objects on the agent's disk; it is told a repository and knows no provider"},
 		{"runner/policy", "providers sandbox sandbox/egress creds configs/strict", "pure: types of the contracts, and the decoder that refuses unknown keys"},
 		{"runner/internal/...", "runner/internal/... creds", "the journal knows names and handles, which do not print, and not what they stand for"},
 		{"runner/console", "runner sandbox", "the socket of mayfly shell: what it carries is a runner.Shell"},
-		{"runner", "providers providers/workflow sandbox sandbox/egress sandbox/wall creds creds/mask runner/policy runner/audit runner/internal/...", "the life of a job is written against contracts: it knows no implementation"},
+		{"runner", "providers providers/workflow sandbox sandbox/egress sandbox/wall creds creds/mask runner/policy runner/audit runner/gitcache runner/internal/...", "the life of a job is written against contracts: it knows no implementation"},
 		{"configs/strict", "", "one way to read YAML, for configuration and policy"},
 		{"configs", "configs/strict creds", "splits a file into sections, which their owners decode; a secret is named by its file"},
 		{"cmd/mayfly-guest", "sandbox/guest/serve sandbox/native/boxinit", "process 1 of a box"},
@@ -98,8 +99,8 @@ func confinements() []confinement {
 		{"github.com/rs/zerolog", "cmd/mayfly runner test/...", "...", "implementations return errors and do not log"},
 		{"github.com/prometheus/client_golang", "runner/monitor", "", "one package shows metrics"},
 		{"github.com/rogpeppe/go-internal", "", "...", "test scripts"},
-		{"golang.org/x/sys", "sandbox/native/... sandbox/engine sandbox/containerd sandbox/kernel sandbox/mountpoint sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/internal/... runner/monitor cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
 		{"golang.org/x/net", "sandbox/egress/... sandbox/wall sandbox/native/... sandbox/netns/... test/...", "...", "DNS messages and packet filters"},
+		{"golang.org/x/sys", "sandbox/native/... sandbox/engine sandbox/containerd sandbox/kernel sandbox/mountpoint sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/gitcache runner/internal/... runner/monitor cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
 	}
 }
 

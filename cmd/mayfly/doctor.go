@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/mayfly-ci/mayfly/providers"
+	"github.com/mayfly-ci/mayfly/runner/gitcache"
 	"github.com/mayfly-ci/mayfly/runner/policy"
 	"github.com/mayfly-ci/mayfly/sandbox"
 )
@@ -127,7 +128,7 @@ func (w *wiring) examine() []finding {
 		fs = append(fs, examineProvider(ctx, name, w.agent.Providers[name]))
 	}
 	fs = append(fs, finding{"policy", w.policyFile, stateOK, w.agent.Policy.Digest()})
-	return slices.Concat(fs, w.examineState(), w.examineSlots(), w.examineMonitor())
+	return slices.Concat(fs, w.examineState(), w.examineSlots(), w.examineMonitor(), w.examineGit(ctx))
 }
 
 // examineProvider asks a service that can be asked without taking a job.
@@ -169,6 +170,21 @@ func (w *wiring) examineRuntime(ctx context.Context, name string, r sandbox.Runt
 		return append(fs, finding{about, "wall from inside", stateMissing, err.Error()})
 	}
 	return append(fs, finding{about, "wall from inside", stateOK, seen})
+}
+
+// examineGit asks git which version it is, and looks at what the cache has.
+func (w *wiring) examineGit(ctx context.Context) []finding {
+	if w.config.GitCache.Dir == "" {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
+	defer cancel()
+	detail, err := gitcache.Check(ctx, w.gitCacheConfig())
+	f := finding{"git cache", w.config.GitCache.Dir, stateOK, detail}
+	if err != nil {
+		f.State, f.Detail = stateMissing, err.Error()+": jobs fetch all of their repositories"
+	}
+	return []finding{f}
 }
 
 func (w *wiring) examineState() []finding {

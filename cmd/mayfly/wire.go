@@ -20,6 +20,7 @@ import (
 	"github.com/mayfly-ci/mayfly/providers/local"
 	"github.com/mayfly-ci/mayfly/runner"
 	"github.com/mayfly-ci/mayfly/runner/audit"
+	"github.com/mayfly-ci/mayfly/runner/gitcache"
 	"github.com/mayfly-ci/mayfly/runner/policy"
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/containerd"
@@ -97,7 +98,7 @@ func wireWith(path string, stderr io.Writer, open func(string) (*runner.State, e
 	if w.agent.Quotas, err = quotasOf(c.Quotas); err != nil {
 		return nil, exitError{exitUsage, err}
 	}
-	if err := errors.Join(w.parts(), w.record(), w.providers()); err != nil {
+	if err := errors.Join(w.parts(), w.record(), w.providers(), w.gitCache()); err != nil {
 		return nil, err
 	}
 	return w, nil
@@ -264,6 +265,35 @@ func (w *wiring) gateway() error {
 		w.closers = append(w.closers, w.agent.Canary.Close)
 	}
 	return err
+}
+
+// gitCache is for an agent that takes jobs: its directory has one owner.
+func (w *wiring) gitCache() error {
+	if w.config.GitCache.Dir == "" || !w.state.Owned() {
+		return nil
+	}
+	c := w.gitCacheConfig()
+	log := w.agent.Log
+	c.Note = func(e gitcache.Event) {
+		line := log.Info().Str("repository", e.Repository).Str("tier", e.Tier).Int64("bytes", e.Size).Dur("took", e.Took)
+		if e.Err != nil {
+			line.Err(e.Err).Msg("git cache not filled: jobs of the repository fetch all")
+			return
+		}
+		line.Msg("git cache filled")
+	}
+	cache, err := gitcache.New(c)
+	if err != nil {
+		return exitError{exitUsage, err}
+	}
+	w.agent.Git = cache
+	w.closers = append(w.closers, cache.Close)
+	return nil
+}
+
+func (w *wiring) gitCacheConfig() gitcache.Config {
+	c := w.config.GitCache
+	return gitcache.Config{Dir: c.Dir, Size: c.Size, Age: c.Age, Time: c.Time}
 }
 
 func gatewayConfig(section configs.Section) (gateway.Config, error) {

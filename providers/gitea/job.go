@@ -53,7 +53,7 @@ func (p *Provider) facts(context map[string]any) (workflow.Facts, error) {
 			return f, bad("%s: it has control characters or more than %d bytes", clip(key), maxFact)
 		}
 	}
-	if !repositoryShape.MatchString(s.Repository) || slices.ContainsFunc(strings.Split(s.Repository, "/"), func(part string) bool { return strings.Trim(part, ".") == "" }) {
+	if !isRepository(s.Repository) {
 		return f, bad("repository %q: it must be OWNER/NAME", clip(s.Repository))
 	}
 	if !fileShape.MatchString(s.Workflow) {
@@ -72,6 +72,10 @@ func (p *Provider) facts(context map[string]any) (workflow.Facts, error) {
 	}
 	f.Trust = trust(context, s)
 	return f, nil
+}
+
+func isRepository(s string) bool {
+	return repositoryShape.MatchString(s) && !slices.ContainsFunc(strings.Split(s, "/"), func(part string) bool { return strings.Trim(part, ".") == "" })
 }
 
 func sound(s string) bool {
@@ -136,6 +140,19 @@ func (p *Provider) job(t *task) (providers.Job, error) {
 		}
 	}
 	return job, nil
+}
+
+// Source is the repository at the instance that the agent was told of, with the
+// token of the task.
+func (p *Provider) Source(j providers.Job) (providers.Source, error) {
+	s := providers.Source{
+		URL:  strings.TrimRight(p.config.URL, "/") + "/" + j.Subject.Repository + ".git",
+		User: "x-access-token", Token: j.Secrets["GITEA_TOKEN"], RootCA: p.config.RootCA,
+	}
+	if !isRepository(j.Subject.Repository) {
+		return s, fmt.Errorf("gitea: repository %q is none", clip(j.Subject.Repository))
+	}
+	return s, nil
 }
 
 // secrets are the job's own, and the tokens that the context holds.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/mayfly-ci/mayfly/providers"
 	"github.com/mayfly-ci/mayfly/providers/workflow"
 )
 
@@ -24,10 +26,7 @@ const gitTimeout = 30 * time.Second
 
 // source returns the commit of a job and the text of its workflow.
 func (p *Provider) source(ctx context.Context, j Job) (sha, text string, err error) {
-	repository := j.Repository
-	if !filepath.IsAbs(repository) {
-		repository = filepath.Join(p.config.Repositories, repository)
-	}
+	repository := p.directory(j.Repository)
 	if info, err := os.Stat(repository); err != nil || !info.IsDir() {
 		return "", "", bad("repository %s: there is no such directory, or it may not be read", repository)
 	}
@@ -49,6 +48,22 @@ func (p *Provider) source(ctx context.Context, j Job) (sha, text string, err err
 		text = blob
 	}
 	return sha, text, err
+}
+
+func (p *Provider) directory(repository string) string {
+	if filepath.IsAbs(repository) {
+		return repository
+	}
+	return filepath.Join(p.config.Repositories, repository)
+}
+
+// Source is the directory of the repository.
+func (p *Provider) Source(j providers.Job) (providers.Source, error) {
+	u := url.URL{Scheme: "file", Path: p.directory(j.Subject.Repository)}
+	if strings.ContainsAny(u.Path, "%?#") || !filepath.IsAbs(u.Path) { // git undoes some escapes of a file's URL and not others
+		return providers.Source{}, fmt.Errorf("local: the name of the directory %q has characters of URLs", u.Path)
+	}
+	return providers.Source{URL: "file://" + u.Path}, nil
 }
 
 // worktreeFile reads the file that lies in the directory, and not one that a

@@ -69,7 +69,7 @@ func (g git) run(ctx context.Context, args ...string) (string, error) {
 // asks for, so that a small pack which unpacks to much ends git and not the
 // machine.
 func (g git) environment() []string {
-	return []string{
+	env := []string{
 		"PATH=" + os.Getenv("PATH"),
 		"HOME=/nonexistent",
 		"LC_ALL=C",
@@ -80,6 +80,12 @@ func (g git) environment() []string {
 		"GIT_NO_LAZY_FETCH=1",
 		"GIT_ALLOC_LIMIT=1g",
 	}
+	for _, name := range []string{"http_proxy", "https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY"} { // as the providers' clients
+		if v, ok := os.LookupEnv(name); ok {
+			env = append(env, name+"="+v)
+		}
+	}
+	return env
 }
 
 // fetch is the command that brings the ref into its slot.

@@ -176,12 +176,8 @@ func (c *Cache) take() error {
 	if err := os.Chmod(c.cfg.Dir, 0o711); err != nil { // every user may pass, none may look
 		return fmt.Errorf("it must belong to the agent: %w", err)
 	}
-	if c.root {
-		for dir := filepath.Dir(c.cfg.Dir); dir != "/"; dir = filepath.Dir(dir) {
-			if st, err := os.Stat(dir); err != nil || st.Mode()&0o001 == 0 {
-				return errors.Join(fmt.Errorf("%s: other users cannot pass through %s, and git does not run as root: choose another directory", c.cfg.Dir, dir), err)
-			}
-		}
+	if err := passable(c.cfg.Dir); err != nil {
+		return err
 	}
 	var err error
 	if c.lock, err = os.OpenFile(filepath.Join(c.cfg.Dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
@@ -202,6 +198,49 @@ func (c *Cache) take() error {
 		err = errors.Join(err, c.lock.Close())
 	}
 	return err
+}
+
+// passable says whether git's users get to dir, where the agent is root.
+func passable(dir string) error {
+	if os.Geteuid() != 0 {
+		return nil
+	}
+	for up := filepath.Dir(dir); up != "/"; up = filepath.Dir(up) {
+		if st, err := os.Stat(up); err != nil && !errors.Is(err, os.ErrNotExist) || err == nil && st.Mode()&0o001 == 0 {
+			return errors.Join(fmt.Errorf("other users cannot pass through %s to %s, and git does not run as root: choose another directory", up, dir), err)
+		}
+	}
+	return nil
+}
+
+// minVersion of git is the first that reads its user's configuration from where
+// GIT_CONFIG_GLOBAL says.
+const minVersion = "2.32"
+
+// Check says which git there is, and what a cache holds, beside the agent that
+// owns it. An error means that New, or every filling, fails.
+func Check(ctx context.Context, cfg Config) (string, error) {
+	program, err := exec.LookPath("git")
+	if err != nil {
+		return "", fmt.Errorf("install git: %w", err)
+	}
+	out, err := git{program: program, dir: "/"}.run(ctx, "version")
+	if err != nil {
+		return "", err
+	}
+	var major, minor, wantMajor, wantMinor int
+	_, err = fmt.Sscanf(out, "git version %d.%d", &major, &minor)
+	_, wantErr := fmt.Sscanf(minVersion, "%d.%d", &wantMajor, &wantMinor)
+	if err := errors.Join(err, wantErr); err != nil {
+		return "", fmt.Errorf("git version %q: %w", out, err)
+	}
+	if major < wantMajor || major == wantMajor && minor < wantMinor {
+		return "", fmt.Errorf("git %d.%d is too old: %s is needed", major, minor, minVersion)
+	}
+	if err := passable(cfg.Dir); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("git %d.%d; %d MiB on the disk", major, minor, weigh(cfg.Dir)>>20), nil
 }
 
 func newEntry(key string, used time.Time) *entry {

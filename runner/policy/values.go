@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/mayfly-ci/mayfly/configs/strict"
 	"github.com/mayfly-ci/mayfly/providers"
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
 )
@@ -18,27 +19,8 @@ import (
 // The values of a policy file. Each reads its own text and refuses all that it
 // does not know, so that a slip of the pen is an error and not a grant.
 
-// size is a number of bytes. A bare number is refused: "512" may have meant
-// MiB, and "MB" is two different things.
-type size int64
-
-func (s *size) UnmarshalText(b []byte) error {
-	text := string(b)
-	for i, unit := range []string{"KiB", "MiB", "GiB", "TiB"} {
-		digits, ok := strings.CutSuffix(text, unit)
-		if !ok {
-			continue
-		}
-		n, err := natural(digits)
-		shift := 10 * (i + 1)
-		if err != nil || n > math.MaxInt64>>shift {
-			break
-		}
-		*s = size(n << shift)
-		return nil
-	}
-	return fmt.Errorf("%q is not a size: write a whole number and KiB, MiB, GiB or TiB, such as 512MiB", text)
-}
+// size is a number of bytes.
+type size = strict.Size
 
 // count is a whole number from 1.
 type count int64
