@@ -43,6 +43,9 @@ type Config struct {
 	// Providers and Sandbox are more of these sections of agent.yaml, lines
 	// that are indented by two.
 	Providers, Sandbox string
+
+	// Git gives the agent a git cache, which is the world's.
+	Git bool
 }
 
 // A World is one installation of an agent, and a repository with workflows.
@@ -54,6 +57,7 @@ type World struct {
 	Cgroup     string // parent of the groups of its boxes, below each tree
 	Database   *postgrestest.Server
 	Program    string // the mayfly that is run
+	Git        string // directory of the git cache, if there is one
 }
 
 // New makes a World below a directory that goes with tb. The agent is not
@@ -79,6 +83,13 @@ func New(tb testing.TB, c Config) *World {
 	}
 	agent := fmt.Sprintf("version: 1\nstate: %s\nslots: %d\npolicy: policy.yaml\nproviders:\n  local: {dir: %s}\n%ssandbox:\n  native: {cgroup: %s}\n%slog: {level: info, format: json}\n",
 		w.State, c.Slots, w.Spool, c.Providers, w.Cgroup, c.Sandbox)
+	if c.Git {
+		w.Git = filepath.Join(dir, "git")
+		agent += fmt.Sprintf("git_cache: {dir: %s}\n", w.Git)
+		for up := dir; up != os.TempDir() && up != "/"; up = filepath.Dir(up) { // git does not run as root
+			Must(tb, os.Chmod(up, 0o755))
+		}
+	}
 	if w.Database != nil {
 		agent += fmt.Sprintf("issuers:\n  db: {type: postgres, host: 127.0.0.1, port: %d, database: postgres, user: postgres, password_file: db.pass, sslmode: disable, job_host: db.test}\n", w.Database.Port())
 		Must(tb, os.WriteFile(filepath.Join(dir, "db.pass"), []byte(w.Database.Password()), 0o600))

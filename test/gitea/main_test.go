@@ -50,6 +50,7 @@ func TestGitea(t *testing.T) {
 			s := open(t, e)
 			t.Run("jobs", func(t *testing.T) { jobs(t, s.install(t, "mayfly", "")) })
 			t.Run("ephemeral", func(t *testing.T) { ephemeral(t, s.install(t, "once", ", ephemeral: true")) })
+			t.Run("large", func(t *testing.T) { large(t, s.install(t, "large", "")) })
 			t.Run("killed", func(t *testing.T) { killed(t, s.install(t, "mortal", "")) })
 		})
 	}
@@ -60,6 +61,11 @@ const policy = `version: 1
 rules:
   - name: itself
     match: {repository: lab/itself, trust: [fork, branch, protected]}
+    runtime: %[1]s
+    timeout: 5m
+    egress: [{name: gitea.test, port: %[2]d, protocol: http, resolve: [127.0.0.1]}]
+  - name: large
+    match: {repository: "lab/large*", trust: [fork, branch, protected]}
     runtime: %[1]s
     timeout: 5m
     egress: [{name: gitea.test, port: %[2]d, protocol: http, resolve: [127.0.0.1]}]
@@ -109,7 +115,7 @@ func (s *site) install(t *testing.T, name, registration string) *installation {
 	file := filepath.Join(t.TempDir(), "registration")
 	agenttest.Must(t, os.WriteFile(file, []byte(must(s.server.RegistrationToken(s.ctx))(t)+"\n"), 0o600))
 	return &installation{s, name, agenttest.New(t, agenttest.Config{
-		Slots: 4, Policy: s.policy, Sandbox: s.sandbox,
+		Slots: 4, Policy: s.policy, Sandbox: s.sandbox, Git: name == "large",
 		Providers: fmt.Sprintf("  gitea: {url: %q, token_file: %s, name: %s, labels: [%s]%s}\n", s.server.URL(), file, name, name, registration),
 	})}
 }
