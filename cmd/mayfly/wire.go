@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	goruntime "runtime"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -386,6 +387,11 @@ func localConfig(section configs.Section) (local.Config, error) {
 		Repositories string   `yaml:"repositories"`
 	}
 	err := section.Decode(&own)
+	if err == nil {
+		if bad := providers.CheckLabels(own.Labels, goruntime.GOARCH); bad != nil {
+			err = section.Errorf("labels", "%w", bad)
+		}
+	}
 	return local.Config{Dir: section.Path(own.Dir), Labels: own.Labels, Repositories: section.Path(own.Repositories)}, err
 }
 
@@ -439,12 +445,15 @@ func noConfig(path string) bool {
 	return f.Close() != nil
 }
 
-// load reads a configuration. The state is absolute then: parts of it stand in
-// the names of what the runtime makes.
+// load reads a configuration. The state is absolute then, since parts of it stand
+// in the names of what the runtime makes, and so is what boxes see of the host.
 func load(path string) (*configs.Config, error) {
 	c, err := configs.Load(path)
 	if err == nil {
 		c.State, err = filepath.Abs(c.State)
+	}
+	if err == nil && c.GitCache.Dir != "" {
+		c.GitCache.Dir, err = filepath.Abs(c.GitCache.Dir)
 	}
 	return c, err
 }

@@ -30,6 +30,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -153,19 +154,17 @@ func New(c Config) (*Provider, error) {
 	return &Provider{config: c, client: client, claims: map[string]*claim{}, woken: make(chan struct{}, 1)}, nil
 }
 
-// checkLabels refuses labels that promise what a Linux box is not: Gitea would
-// hand the job to whoever says that he can.
+// checkLabels refuses labels that promise what a box is not, and those that
+// Gitea would read as something else.
 func checkLabels(labels []string) error {
 	if len(labels) == 0 {
 		return errors.New("labels: none, so that no job would fit: want what runs-on says, for example [linux]")
 	}
-	var errs []error
+	errs := []error{providers.CheckLabels(labels, runtime.GOARCH)}
 	for i, l := range labels {
 		switch {
 		case !labelShape.MatchString(l):
 			errs = append(errs, fmt.Errorf("labels: %q: want a name of letters, digits, dots, _ and -; what the box is made of is the policy's choice", clip(l)))
-		case otherSystem.MatchString(l):
-			errs = append(errs, fmt.Errorf("labels: %q: this agent's boxes are Linux, a job for another system would fail in them", l))
 		case slices.Contains(labels[:i], l):
 			errs = append(errs, fmt.Errorf("labels: %q stands there twice", l))
 		}
@@ -173,10 +172,7 @@ func checkLabels(labels []string) error {
 	return errors.Join(errs...)
 }
 
-var (
-	labelShape  = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
-	otherSystem = regexp.MustCompile(`(?i)^(windows|win|macos|darwin|osx)([._-]|$|\d)`)
-)
+var labelShape = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
 
 func orDefault[T comparable](v, d T) T {
 	var zero T

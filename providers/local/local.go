@@ -28,6 +28,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -91,6 +92,9 @@ type Provider struct {
 func New(c Config) (*Provider, error) {
 	if c.Dir == "" {
 		return nil, errors.New("local: the spool directory is not set")
+	}
+	if err := providers.CheckLabels(c.Labels, runtime.GOARCH); err != nil {
+		return nil, fmt.Errorf("local: %w", err)
 	}
 	if c.Trace == nil {
 		c.Trace = func(string) {}

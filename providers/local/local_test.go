@@ -289,7 +289,7 @@ func TestLabels(t *testing.T) {
 	t.Parallel()
 	repo, _ := repository(t, flow("echo x"))
 	dir := t.TempDir()
-	for label, want := range map[string]error{"linux": nil, "windows": providers.ErrBadJob} {
+	for label, want := range map[string]error{"linux": nil, "large": providers.ErrBadJob} {
 		id := submit(t, dir, Job{Repository: repo, Workflow: ciFile, Ref: "refs/heads/main"})
 		p := open(t, Config{Dir: dir, Labels: []string{label}})
 		if _, err := p.Claim(t.Context(), "c-"+label, providers.Offer{ID: id}); !errors.Is(err, want) {
