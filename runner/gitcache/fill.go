@@ -96,7 +96,7 @@ func (c *Cache) layOut(e *entry) error {
 func (c *Cache) begin(e *entry, w Want, secret *os.File) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed || e.asked[w.Ref] {
+	if c.closed || e.asked[w.Ref] || time.Now().Before(e.resting.until) {
 		_ = secret.Close()
 		return
 	}
@@ -108,11 +108,22 @@ func (c *Cache) begin(e *entry, w Want, secret *os.File) {
 		size := c.count(e)
 		c.mu.Lock()
 		delete(e.asked, w.Ref)
+		e.rest(err, c.cfg.Pause)
 		c.mu.Unlock()
 		if filled || err != nil && ctx.Err() == nil {
 			c.cfg.Note(Event{Repository: w.Repository, Tier: w.Tier, Size: size, Took: time.Since(began), Err: err})
 		}
 	})
+}
+
+// rest sets when the entry may be filled again, after a filling that ended so.
+func (e *entry) rest(err error, first time.Duration) {
+	if err == nil {
+		e.resting = rest{}
+		return
+	}
+	e.resting.pause = min(max(first, 2*e.resting.pause), mostPause)
+	e.resting.until = time.Now().Add(e.resting.pause)
 }
 
 // fill fetches the ref of w, if the cache does not have its commit.
@@ -152,7 +163,6 @@ func (c *Cache) fill(ctx context.Context, e *entry, w Want, secret *os.File) (fi
 		defer ca.Close()
 		g.files = append(g.files, ca)
 	}
-	c.prune(ctx) // so that there is room
 	ctx, toolarge := context.WithCancelCause(ctx)
 	defer toolarge(nil)
 	watched := make(chan struct{})
@@ -174,7 +184,8 @@ func (c *Cache) fill(ctx context.Context, e *entry, w Want, secret *os.File) (fi
 // 1 GB/s it exceeds its bound by so much in that time.
 const watchEvery = 200 * time.Millisecond
 
-// watch ends a filling that takes more than there is room for.
+// watch ends a filling that takes more than there is room for, with what nobody
+// uses out of its way.
 func (c *Cache) watch(ctx context.Context, e *entry, end context.CancelCauseFunc) {
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
@@ -184,20 +195,24 @@ func (c *Cache) watch(ctx context.Context, e *entry, end context.CancelCauseFunc
 			return
 		case <-tick.C:
 		}
-		own := c.count(e)
-		c.mu.Lock()
-		total := own
-		for _, other := range c.entries {
-			if other != e {
-				total += other.size
-			}
+		c.count(e)
+		if c.total() <= c.cfg.Size {
+			continue
 		}
-		c.mu.Unlock()
-		if total > c.cfg.Size {
+		if c.prune(ctx); c.total() > c.cfg.Size {
 			end(ErrTooLarge)
 			return
 		}
 	}
+}
+
+func (c *Cache) total() (size int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.entries {
+		size += e.size
+	}
+	return size
 }
 
 // lockEntry locks an entry against a filling that an earlier life of the agent

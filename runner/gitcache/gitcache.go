@@ -48,9 +48,11 @@ const (
 
 // Defaults, each with its reason.
 const (
-	defaultSize = 10 << 30            // as much as one box may write
-	defaultAge  = 30 * 24 * time.Hour // a repository that is built once a month
-	defaultTime = 15 * time.Minute    // 1 GiB at 10 Mbit/s
+	defaultSize  = 10 << 30            // as much as one box may write
+	defaultAge   = 30 * 24 * time.Hour // a repository that is built once a month
+	defaultTime  = 15 * time.Minute    // 1 GiB at 10 Mbit/s
+	defaultPause = 10 * time.Minute
+	mostPause    = 24 * time.Hour
 	// fillers is how many repositories are filled at once: one that hangs must
 	// not keep the others from it, and jobs want the machine too.
 	fillers = 2
@@ -69,6 +71,10 @@ type Config struct {
 	Size int64         // bytes of all repositories together; 0 is 10 GiB
 	Age  time.Duration // after which one that no job used is removed; 0 is 30 days
 	Time time.Duration // bounds one filling; 0 is 15 minutes
+	// Pause is how long a repository is left alone that could not be filled: what
+	// is too large would be fetched in vain for each job. It doubles with each
+	// failure, to a day; 0 is ten minutes.
+	Pause time.Duration
 	// Note hears what became of a repository. It may be called at once from
 	// several goroutines. nil hears nothing.
 	Note func(Event)
@@ -122,6 +128,13 @@ type entry struct {
 	used    time.Time
 	packing *packing        // that runs now
 	asked   map[string]bool // refs that somebody waits to fetch
+	resting rest
+}
+
+// A rest is how a repository is left alone that could not be filled.
+type rest struct {
+	until time.Time
+	pause time.Duration // the last one
 }
 
 // A packing makes one pack of many, and drops what no ref reaches, while nobody
@@ -137,12 +150,13 @@ func New(cfg Config) (*Cache, error) {
 	if !filepath.IsAbs(cfg.Dir) || filepath.Clean(cfg.Dir) != cfg.Dir || cfg.Dir == "/" {
 		return nil, fmt.Errorf("git cache: directory %q is not absolute and clean", cfg.Dir)
 	}
-	if cfg.Size < 0 || cfg.Age < 0 || cfg.Time < 0 {
-		return nil, errors.New("git cache: size, age and time must not be negative")
+	if cfg.Size < 0 || cfg.Age < 0 || cfg.Time < 0 || cfg.Pause < 0 {
+		return nil, errors.New("git cache: size, age, time and pause must not be negative")
 	}
 	orDefault(&cfg.Size, defaultSize)
 	orDefault(&cfg.Age, defaultAge)
 	orDefault(&cfg.Time, defaultTime)
+	orDefault(&cfg.Pause, defaultPause)
 	if cfg.Note == nil {
 		cfg.Note = func(Event) {}
 	}

@@ -158,6 +158,26 @@ func TestHostileServer(t *testing.T) {
 	}
 }
 
+// A repository that could not be filled is left alone for a while.
+func TestPause(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, func(c *gitcache.Config) { c.Pause = time.Hour })
+	want := w.want("none", "branch", "")
+	w.refused(want, "not found")
+	asked := w.asked.Load()
+	_, done, err := w.cache.Prepare(t.Context(), want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done()
+	if err := w.cache.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if n := w.asked.Load() - asked; n != 0 {
+		t.Errorf("the server was asked %d times more", n)
+	}
+}
+
 // What git could take for something else than a ref and an address is not asked.
 func TestStrangeNames(t *testing.T) {
 	t.Parallel()

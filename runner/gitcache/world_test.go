@@ -62,7 +62,7 @@ func newWorld(t *testing.T, change func(*gitcache.Config)) *world {
 	w.server.Listener = counting{w.server.Listener, &w.sent}
 	w.server.Start()
 	t.Cleanup(w.server.Close)
-	w.config = gitcache.Config{Dir: filepath.Join(open(t), "cache"), Note: func(e gitcache.Event) { w.events <- e }}
+	w.config = gitcache.Config{Dir: filepath.Join(open(t), "cache"), Pause: 1, Note: func(e gitcache.Event) { w.events <- e }}
 	if change != nil {
 		change(&w.config)
 	}
