@@ -237,6 +237,11 @@ func (f *Fake) Claim(_ context.Context, name string, o providers.Offer) (provide
 	return job, nil
 }
 
+// Source is a repository that nobody has.
+func (f *Fake) Source(j providers.Job) (providers.Source, error) {
+	return providers.Source{URL: "https://forge.invalid/" + j.Subject.Repository + ".git"}, nil
+}
+
 // Watch implements providers.Provider.
 func (f *Fake) Watch(ctx context.Context, name string, _ []byte) error {
 	tick := time.NewTicker(2 * time.Millisecond)

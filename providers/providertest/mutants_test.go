@@ -23,6 +23,14 @@ type faulty struct {
 	complete func(context.Context, string, []byte, providers.Result) error
 	log      func(providers.Log) providers.Log
 	open     func(error) error
+	source   func(providers.Job) (providers.Source, error)
+}
+
+func (p *faulty) Source(j providers.Job) (providers.Source, error) {
+	if p.source != nil {
+		return p.source(j)
+	}
+	return p.Fake.Source(j)
 }
 
 func (p *faulty) Poll(ctx context.Context) (providers.Offer, error) {
@@ -124,6 +132,15 @@ func pollMutants() map[string]func(*faulty) {
 
 func claimMutants() map[string]func(*faulty) {
 	return map[string]func(*faulty){
+		"the source of a job is the service's own": func(p *faulty) {
+			p.source = func(j providers.Job) (providers.Source, error) {
+				s, err := p.Fake.Source(j)
+				if github, ok := j.Contexts["github"].(map[string]any); ok && github["server_url"] != nil {
+					s.URL = fmt.Sprint(github["server_url"])
+				}
+				return s, err
+			}
+		},
 		"claim gives the job that was submitted": func(p *faulty) {
 			p.claim = func(ctx context.Context, name string, o providers.Offer) (providers.Job, error) {
 				j, err := p.Fake.Claim(ctx, name, o)

@@ -114,6 +114,7 @@ func clauses() []clause {
 		{name: "fifty jobs and four agents: none lost, none twice", check: noneLost},
 		{name: "a bad job is claimed, refused and can be completed", check: badJob},
 		{name: "names of 40 bytes work", check: longNames},
+		{name: "the source of a job is the service's own", check: sourceIsPlain},
 		{name: "watch lasts until ctx ends", check: watchLasts},
 		{name: "watch tells of a cancel", check: watchCancelled},
 		{name: "watch tells of a cancel that came before it", check: watchCancelledBefore},
