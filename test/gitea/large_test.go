@@ -62,6 +62,9 @@ func large(t *testing.T, in *installation) {
 	if whole < 50<<20 || changed > 100_000 {
 		t.Errorf("the first clone received %d bytes, the second %d: want more than 50 MiB, and less than 100,000", whole, changed)
 	}
+	if out, _ := in.world.Run(t, "doctor"); !strings.Contains(out, "ok       git cache: "+in.world.Git+"  (git 2.") {
+		t.Errorf("mayfly doctor does not say that the cache is good:\n%s", out)
+	}
 	third := must(other.Push(in.ctx, workflow(first)))(t)
 	in.cloned(t, other, third, "unseen\n")
 	a.Stop(t)
