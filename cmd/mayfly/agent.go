@@ -32,6 +32,9 @@ func runAgent(c *call) error {
 	if err := w.checkRules(w.agent.Policy); err != nil {
 		return exitError{exitUsage, err}
 	}
+	if err := w.gitCache(); err != nil {
+		return err
+	}
 	record := monitor.NewRecord(w.agent.Audit)
 	w.agent.Audit = record
 	agent, err := runner.New(w.agent, w.state)

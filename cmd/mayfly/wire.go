@@ -99,7 +99,7 @@ func wireWith(path string, stderr io.Writer, open func(string) (*runner.State, e
 	if w.agent.Quotas, err = quotasOf(c.Quotas); err != nil {
 		return nil, exitError{exitUsage, err}
 	}
-	if err := errors.Join(w.parts(), w.record(), w.providers(), w.gitCache()); err != nil {
+	if err := errors.Join(w.parts(), w.record(), w.providers()); err != nil {
 		return nil, err
 	}
 	return w, nil
@@ -270,7 +270,7 @@ func (w *wiring) gateway() error {
 
 // gitCache is for an agent that takes jobs: its directory has one owner.
 func (w *wiring) gitCache() error {
-	if w.config.GitCache.Dir == "" || !w.state.Owned() {
+	if w.config.GitCache.Dir == "" {
 		return nil
 	}
 	c := w.gitCacheConfig()
