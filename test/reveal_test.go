@@ -18,6 +18,7 @@ var revealers = map[string]string{
 	"providers/gitea/register.go (*Provider).register":   "the registration token leaves for the server",
 	"providers/gitea/gitea.go digest":                    "only whether the registration token is another one than before is kept",
 	"providers/gitea/claim.go (*claim).reference":        "what a later life needs to end the job; the journal seals it",
+	"runner/gitcache/git.go (Want).file":                 "the token leaves for the git that fetches with it, in a file in memory",
 	"providers/workflow/value.go (*evaluator).canonical": "an expression of the workflow computes with it: ${{ secrets.X }}",
 }
 

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unicode"
 
 	"golang.org/x/sys/unix"
 )
@@ -161,10 +162,16 @@ func inMemory(name string, b []byte) (*os.File, error) {
 	return f, nil
 }
 
-// tail is the end of a complaint, on one line.
+// tail is the end of a complaint, on one line. Parts of it are the server's.
 func tail(s string) string {
-	s = strings.Join(strings.Fields(strings.ToValidUTF8(s, "?")), " ")
-	return s[max(0, len(s)-400):]
+	s = s[max(0, len(s)-400):]
+	s = strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(s, "?"))
+	return strings.Join(strings.Fields(s), " ")
 }
 
 // limited keeps the beginning of what is written to it.

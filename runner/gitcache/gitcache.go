@@ -26,6 +26,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -383,7 +384,7 @@ const (
 func (w Want) key() string {
 	sum := sha256.New()
 	for _, s := range []string{layout, w.Provider, w.Repository, w.Tier, w.URL} {
-		fmt.Fprintf(sum, "%d:%s", len(s), s)
+		sum.Write([]byte(strconv.Itoa(len(s)) + ":" + s))
 	}
 	return hex.EncodeToString(sum.Sum(nil)[:keyBytes])
 }

@@ -186,8 +186,11 @@ func checkMountRefused(ctx context.Context, h Harness) error {
 		"a target over secrets": {{Source: dir, Target: filepath.Dir(sandbox.Run)}},
 		"a target twice":        {{Source: dir, Target: mountTarget}, {Source: dir, Target: mountTarget}},
 		"five": {
-			{Source: dir, Target: "/opt/1"}, {Source: dir, Target: "/opt/2"}, {Source: dir, Target: "/opt/3"},
-			{Source: dir, Target: "/opt/4"}, {Source: dir, Target: "/opt/5"},
+			{Source: dir, Target: "/opt/1"},
+			{Source: dir, Target: "/opt/2"},
+			{Source: dir, Target: "/opt/3"},
+			{Source: dir, Target: "/opt/4"},
+			{Source: dir, Target: "/opt/5"},
 		},
 	} {
 		name, s := newName(), h.spec(sandbox.Limits{})
