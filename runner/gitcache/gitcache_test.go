@@ -20,6 +20,7 @@ func TestCloneCostsWhatChanged(t *testing.T) {
 	if e.Err != nil || !w.has(dir, sha) || e.Size < 20<<20 {
 		t.Fatalf("the first job: event %+v, has the commit %v", e, w.has(dir, sha))
 	}
+	w.everybodyReads(dir)
 	w.commit(repo, "new", 1000)
 	with, without := w.clone(dir, "big"), w.clone("", "big")
 	t.Logf("with the cache %d bytes, without %d", with, without)

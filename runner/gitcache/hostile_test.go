@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -150,6 +152,19 @@ func TestHostileServer(t *testing.T) {
 			rw.WriteHeader(http.StatusFound)
 		})
 		w.refused(want)
+	}
+
+	// Nor to another server, which would get the token.
+	var elsewhere atomic.Int64
+	other := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		elsewhere.Add(1)
+		w.forward(rw, r)
+	}))
+	defer other.Close()
+	w.respond(func(rw http.ResponseWriter, r *http.Request) { http.Redirect(rw, r, other.URL+r.URL.String(), http.StatusFound) })
+	w.refused(want)
+	if n := elsewhere.Load(); n != 0 {
+		t.Errorf("git followed a redirection to another server: %d requests", n)
 	}
 
 	w.handle.Store(nil)

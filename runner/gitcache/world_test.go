@@ -213,6 +213,24 @@ func (w *world) has(dir, sha string) bool {
 	return err == nil
 }
 
+// everybodyReads wants what a box sees to be readable without being root.
+func (w *world) everybodyReads(dir string) {
+	w.t.Helper()
+	err := filepath.WalkDir(dir, func(p string, d os.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err == nil && (info.Mode()&0o004 == 0 || d.IsDir() && info.Mode()&0o001 == 0 || info.Mode()&0o022 != 0) {
+			w.t.Errorf("%s has mode %v", p, info.Mode())
+		}
+		return err
+	})
+	if err != nil {
+		w.t.Error(err)
+	}
+}
+
 // clone clones as a job does that sees the cache at dir ("" is none), and returns
 // how many bytes the server sent.
 func (w *world) clone(dir, name string) int64 {

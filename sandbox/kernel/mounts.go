@@ -51,7 +51,8 @@ func CheckMounts(mounts []sandbox.Mount) error {
 // OpenMount returns a detached mount of a directory of the host: read-only,
 // without set-user-ID programs and devices, and deaf to what is mounted on the
 // host later. If userns, a user namespace, is not nil, its files belong to the
-// ids of that. What is mounted below the directory is not in it.
+// ids of that if the file system can do so, and to nobody otherwise. What is
+// mounted below the directory is not in it.
 func OpenMount(source string, userns *os.File) (int, error) {
 	fd, err := unix.OpenTree(unix.AT_FDCWD, source, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
 	if err != nil {
@@ -71,6 +72,10 @@ func OpenMount(source string, userns *os.File) (int, error) {
 			attr.Userns_fd = uint64(userns.Fd())
 		}
 		err = unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr)
+		if userns != nil && errors.Is(err, unix.EINVAL) {
+			attr.Attr_set, attr.Userns_fd = attr.Attr_set&^unix.MOUNT_ATTR_IDMAP, 0
+			err = unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr)
+		}
 	}
 	if err != nil {
 		return -1, errors.Join(fmt.Errorf("mount of %s: %w", source, err), unix.Close(fd))
