@@ -161,7 +161,9 @@ func TestHostileServer(t *testing.T) {
 		w.forward(rw, r)
 	}))
 	defer other.Close()
-	w.respond(func(rw http.ResponseWriter, r *http.Request) { http.Redirect(rw, r, other.URL+r.URL.String(), http.StatusFound) })
+	w.respond(func(rw http.ResponseWriter, r *http.Request) {
+		http.Redirect(rw, r, other.URL+r.URL.String(), http.StatusFound)
+	})
 	w.refused(want)
 	if n := elsewhere.Load(); n != 0 {
 		t.Errorf("git followed a redirection to another server: %d requests", n)
