@@ -32,7 +32,7 @@ const (
 
 	// ownInodes are 11 of ext4, the skeleton, one of the overlay, and what
 	// builder makes in any image.
-	ownInodes = 25
+	ownInodes = 22
 	runBytes  = 64 << 20 // of /run/mayfly; counted as memory
 	plain     = unix.MS_NOSUID | unix.MS_NODEV
 )
