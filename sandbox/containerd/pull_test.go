@@ -1,8 +1,11 @@
 package containerd
 
 import (
+	"archive/tar"
+	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"runtime"
 	"slices"
 	"strings"
@@ -35,7 +38,7 @@ func TestPull(t *testing.T) {
 				{"index", pullIndex},
 				{"refused", pullRefused},
 				{"secrets", pullSecrets},
-				{"pruned", pullPruned},
+				{"pruned", pullPruned}, {"hostile", pullHostile},
 			} {
 				t.Run(c.name, func(t *testing.T) { c.test(t, d, from) })
 			}
@@ -224,5 +227,30 @@ func pullPruned(t *testing.T, d *containerdtest.Daemon, from *testRegistry) {
 	}
 	if _, err := r.Create(enginetest.Bounded(t), "pruned", sandbox.Spec{Image: first.Ref}); !errors.Is(err, sandbox.ErrUnsupported) {
 		t.Errorf("Create of a name that was let go of: got %v, want ErrUnsupported", err)
+	}
+}
+
+// pullHostile: what an image has where the box is mounted on, or written to, leads
+// nowhere.
+func pullHostile(t *testing.T, d *containerdtest.Daemon, from *testRegistry) {
+	cfg := config(t, d)
+	cfg.Images.From = []string{"127.0.0.1:*/**"}
+	r := newRuntime(t, cfg)
+	for i, h := range []tar.Header{
+		{Name: "dev", Typeflag: tar.TypeSymlink, Linkname: "/etc"}, {Name: "proc", Typeflag: tar.TypeReg}, {Name: "sys", Typeflag: tar.TypeSymlink, Linkname: "/"},
+		{Name: "etc", Typeflag: tar.TypeSymlink, Linkname: "/proc/sys/kernel"},
+	} {
+		var layer bytes.Buffer
+		w := tar.NewWriter(&layer)
+		if err := errors.Join(w.WriteHeader(&h), w.Close()); err != nil {
+			t.Fatal(err)
+		}
+		img := withLayer(t, busybox(t, runtime.GOARCH, "hostile"), func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(layer.Bytes())), nil })
+		got := pulled(t, r, from.push(t, fmt.Sprintf("team/hostile:%d", i), img))
+		name := fmt.Sprintf("hostile-%d", i)
+		enginetest.DestroyAfter(t, r, name)
+		if _, err := r.Create(enginetest.Bounded(t), name, sandbox.Spec{Image: got.Ref}); !errors.Is(err, sandbox.ErrImage) {
+			t.Errorf("/%s of the image is %q: got %v, want ErrImage", h.Name, h.Linkname, err)
+		}
 	}
 }

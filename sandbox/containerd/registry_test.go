@@ -127,19 +127,8 @@ func busybox(t *testing.T, arch, value string) v1.Image {
 	if err := errors.Join(err, writeErr, w.Close()); err != nil {
 		t.Fatal(err)
 	}
-	img := v1.Image(empty.Image)
-	for _, open := range []tarball.Opener{
-		func() (io.ReadCloser, error) { root, err := dockertest.BusyboxRoot(); return io.NopCloser(root), err },
-		func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(own.Bytes())), nil },
-	} {
-		layer, err := tarball.LayerFromOpener(open)
-		if err == nil {
-			img, err = mutate.AppendLayers(img, layer)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
+	img := withLayer(t, empty.Image, func() (io.ReadCloser, error) { root, err := dockertest.BusyboxRoot(); return io.NopCloser(root), err })
+	img = withLayer(t, img, func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(own.Bytes())), nil })
 	file, err := img.ConfigFile()
 	if err != nil {
 		t.Fatal(err)
@@ -151,6 +140,18 @@ func busybox(t *testing.T, arch, value string) v1.Image {
 		User: "nobody", WorkingDir: "/root",
 	}
 	if img, err = mutate.ConfigFile(img, file); err != nil {
+		t.Fatal(err)
+	}
+	return img
+}
+
+func withLayer(t *testing.T, img v1.Image, open tarball.Opener) v1.Image {
+	t.Helper()
+	layer, err := tarball.LayerFromOpener(open)
+	if err == nil {
+		img, err = mutate.AppendLayers(img, layer)
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	return img

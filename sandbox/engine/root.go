@@ -317,7 +317,7 @@ func (b *builder) directories() error {
 	for _, d := range []struct {
 		path string
 		mode fs.FileMode
-	}{{sandbox.Workspace, 0o755}, {"/tmp", sticky}, {"/var", 0o755}, {"/var/tmp", sticky}, {"/etc", 0o755}, {"/run", 0o755}, {sandbox.Run, 0o755}} {
+	}{{sandbox.Workspace, 0o755}, {"/tmp", sticky}, {"/var", 0o755}, {"/var/tmp", sticky}, {"/run", 0o755}, {sandbox.Run, 0o755}} {
 		if st, err := os.Stat(d.path); err == nil && st.IsDir() {
 			continue
 		}
@@ -330,6 +330,9 @@ func (b *builder) directories() error {
 
 // etc writes the files that say who the box is and whom it asks for names.
 func (b *builder) etc() error {
+	if err := b.mountPoint("/etc"); err != nil { // a link may lead into /proc
+		return err
+	}
 	for name, content := range map[string]string{
 		"/etc/hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback " + Host + "\n" +
 			egress.Self.String() + " " + Host + "\n",
