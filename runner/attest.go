@@ -21,7 +21,7 @@ func (l *life) attest(ctx context.Context, box sandbox.Sandbox, s sandbox.Socket
 		Canary: l.cfg.Canary, Served: true,
 		Logged: s.Log != nil && when == attestBefore, // a job may flood the log
 	})
-	return errors.Join(err, l.audit(ctx, l.log.Job, "box.attest", boxName(l.log.Job), err, "when", when, "seen", seen))
+	return errors.Join(err, l.audit(ctx, l.log.Job, "box.attest", l.box(), err, "when", when, "seen", seen))
 }
 
 // When a box is looked at: before the job's first command, and after its last.

@@ -8,10 +8,12 @@ import (
 )
 
 // JobInfo is what the journal knows of a job that still owes something: one
-// that runs now, or one that an earlier life of the agent left.
+// that runs now, or one that an earlier life of the agent left. Warm boxes have
+// logs of their own, and are listed too.
 type JobInfo struct {
 	Job        string            `json:"job"`
 	Generation int64             `json:"generation"`        // life of the agent that began it
+	Warm       bool              `json:"warm,omitempty"`    // it is no job, but a box that no job has
 	Damaged    int               `json:"damaged,omitempty"` // lines of the journal that cannot be read
 	Owes       []DebtInfo        `json:"owes"`              // newest first: the order of release
 	Outcome    *providers.Result `json:"outcome,omitempty"` // nil while it runs, or if it was lost
@@ -34,7 +36,7 @@ func (s *State) Jobs() ([]JobInfo, error) {
 	logs, err := s.journal.Peek()
 	jobs := make([]JobInfo, 0, len(logs))
 	for _, log := range logs {
-		info := JobInfo{Job: log.Job, Generation: log.Generation, Damaged: log.Damaged}
+		info := JobInfo{Job: log.Job, Generation: log.Generation, Warm: isWarm(log.Job), Damaged: log.Damaged}
 		for _, d := range log.Debts() {
 			info.Owes = append(info.Owes, DebtInfo{d.Kind, d.Name, d.By, d.Scope, d.Until})
 		}

@@ -35,11 +35,21 @@ type life struct {
 	out      *stream
 	turn     *turn
 	clock    *stopwatch
-	steps    *steps // nil before there is a box
+	warm     *warmBox // that it has taken; nil if there was none
+	cold     bool     // its box is made for it
+	steps    *steps   // nil before there is a box
 	look     atomic.Pointer[wall.Look]
 
 	mounts []sandbox.Mount // what the box sees of the host
 	letGo  func()          // of what mounts name; nil if it is nothing
+}
+
+// box is the name of the box that the job runs in.
+func (l *life) box() string {
+	if l.cold {
+		return boxName(l.log.Job)
+	}
+	return l.warm.name
 }
 
 // admit asks the policy, and writes down its answer before anything follows
@@ -93,22 +103,31 @@ func (l *life) queue(ctx context.Context) error {
 
 // spec is the box of the plan.
 func (l *life) spec(plan policy.Plan, deadline time.Time) sandbox.Spec {
-	return sandbox.Spec{
-		Labels:  sandbox.Labels{Owner: l.state.Owner, Job: l.log.Job, Generation: l.state.Generation},
-		Image:   plan.Image,
-		Limits:  plan.Limits,
-		Expires: l.expires(plan, deadline),
-		Mounts:  l.mounts,
-	}
+	s := specOf(plan)
+	s.Mounts = l.mounts
+	s.Labels = sandbox.Labels{Owner: l.state.Owner, Job: l.log.Job, Generation: l.state.Generation}
+	s.Expires = l.expires(plan, deadline)
+	return s
+}
+
+// specOf is what the plan says of a box, whoever gets it. A warm box serves the
+// plans of which this is the same.
+func specOf(plan policy.Plan) sandbox.Spec {
+	return sandbox.Spec{Image: plan.Image, Limits: plan.Limits}
 }
 
 // expires is when the box ends itself: the time that it may be kept is in it
 // from birth.
 func (l *life) expires(plan policy.Plan, deadline time.Time) time.Time {
-	if l.cfg.Keep > 0 {
-		deadline = deadline.Add(plan.Keep)
+	return deadline.Add(l.outlives(plan))
+}
+
+// outlives is by how much a box may outlive the deadline of its job.
+func (a *Agent) outlives(plan policy.Plan) time.Duration {
+	if a.cfg.Keep > 0 {
+		return plan.Keep + boxGrace
 	}
-	return deadline.Add(boxGrace)
+	return boxGrace
 }
 
 // ledger writes one attempt to reach something into the audit, and shows a
@@ -160,6 +179,7 @@ func (l *life) setOutcome(r providers.Result) {
 	if err := errors.Join(err, jerr); err != nil {
 		l.cfg.Log.Error().Err(err).Str("job", l.log.Job).Msg("outcome")
 	}
+	l.pool.stir() // what follows is the release
 }
 
 // outcome is how the job ended, as the journal has it.

@@ -22,6 +22,7 @@ import (
 // A kept is such a box.
 type kept struct {
 	job    string
+	name   string // of the box
 	box    sandbox.Sandbox
 	env    []string // of the step that failed, without secrets
 	until  time.Time
@@ -50,7 +51,7 @@ func (l *life) keep(ctx context.Context, r providers.Result, parted func()) *kep
 		return nil
 	}
 	k := &kept{
-		job: l.log.Job, box: s.box, parted: parted, until: earlier(time.Now().Add(s.plan.Keep), l.expires(s.plan, s.deadline)),
+		job: l.log.Job, name: l.box(), box: s.box, parted: parted, until: earlier(time.Now().Add(s.plan.Keep), l.expires(s.plan, s.deadline)),
 		free: make(chan struct{}), gone: make(chan struct{}), shell: make(chan struct{}, 1),
 	}
 	ctx, cancel := l.detached(ctx)
@@ -60,7 +61,7 @@ func (l *life) keep(ctx context.Context, r providers.Result, parted func()) *kep
 		err = l.kept.admit(ctx, k, l.cfg.Keep)
 	}
 	if err == nil {
-		err = l.log.Keep(boxName(k.job), k.until)
+		err = l.log.Keep(k.name, k.until)
 	}
 	if err != nil {
 		l.kept.drop(k)
@@ -135,6 +136,12 @@ func (b *keptBoxes) holds(job string) bool {
 	return k != nil && !isClosed(k.free) && time.Now().Before(k.until)
 }
 
+// holdsBox reports that of a box: a job may have others, which nobody keeps.
+func (b *keptBoxes) holdsBox(job, name string) bool {
+	k := b.of(job)
+	return k != nil && k.name == name && b.holds(job)
+}
+
 // of is the kept box of a job, or nil.
 func (b *keptBoxes) of(job string) *kept {
 	b.mu.Lock()
@@ -191,7 +198,7 @@ func (a *Agent) tellKept(ctx context.Context, log *journal.Log, out *stream) err
 	if k == nil || k.told || !a.kept.holds(log.Job) {
 		return nil
 	}
-	if err := a.audit(ctx, k.job, "box.keep", boxName(k.job), nil, "until", stamp(k.until)); err != nil {
+	if err := a.audit(ctx, k.job, "box.keep", k.name, nil, "until", stamp(k.until)); err != nil {
 		return err
 	}
 	k.told = true
@@ -216,7 +223,7 @@ func (a *Agent) stay(ctx context.Context, k *kept) {
 	}
 	a.kept.drop(k)
 	k.shell <- struct{}{} // a shell in it is told to end, and does so first
-	if err := a.audit(ctx, k.job, "box.leave", boxName(k.job), nil, "why", k.why); err != nil {
+	if err := a.audit(ctx, k.job, "box.leave", k.name, nil, "why", k.why); err != nil {
 		a.cfg.Log.Error().Err(err).Str("job", k.job).Msg("kept box") // it goes all the same
 	}
 }

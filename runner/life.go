@@ -20,7 +20,7 @@ import (
 //	claim ─┬─ admit (policy; holds nothing), and its repository's turn
 //	       ├─ plan intent: the names of all that follows, in one write
 //	       └─ gateway ─┬
-//	                   └─ box ── attach, attest ─┬
+//	                   └─ box ── attach, attest ─┬      (a warm one: pool.go)
 //	                                             └─ leases ─┬
 //	                                                        └─ step: rules, leases, run
 //	released:  step's leases and rules, before the next step
@@ -110,7 +110,11 @@ func (l *life) run(ctx, alive context.Context) (providers.Result, error) {
 
 // inBox acquires what the plan grants and runs the job's steps.
 func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time.Time) (providers.Result, error) {
-	if err := l.log.Intend(l.debts(plan)...); err != nil {
+	if err := l.objects(ctx); err != nil {
+		return providers.Result{}, err
+	}
+	l.take(ctx, plan, deadline)
+	if err := l.intend(l.debts(plan)); err != nil {
 		return providers.Result{}, err
 	}
 	l.clock.mark("intend")
@@ -124,12 +128,10 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 		return providers.Result{}, err
 	}
 
-	if err := l.objects(ctx); err != nil {
-		return providers.Result{}, err
-	}
-	name := boxName(l.log.Job)
-	box, err := hold(ctx, l, name, func(ctx context.Context) (sandbox.Sandbox, grip, error) {
-		box, err := l.cfg.Runtimes[plan.Runtime].Create(ctx, name, l.spec(plan, deadline))
+	spec := l.spec(plan, deadline)
+	l.cold = !l.warm.fits(plan.Runtime, spec)
+	box, err := hold(ctx, l, l.box(), func(ctx context.Context) (sandbox.Sandbox, grip, error) {
+		box, err := l.makeBox(ctx, plan.Runtime, spec)
 		return box, grip{}, err
 	})
 	if err != nil {
@@ -162,6 +164,9 @@ func (l *life) debts(plan policy.Plan) []journal.Debt {
 	ds := []journal.Debt{
 		{Kind: kindGateway, Name: gatewayName(job)},
 		{Kind: kindBox, Name: boxName(job), By: plan.Runtime},
+	}
+	if l.warm != nil {
+		ds = append(ds, journal.Debt{Kind: kindBox, Name: l.warm.name, By: plan.Runtime})
 	}
 	for _, lease := range plan.Leases {
 		if lease.Step == "" {
@@ -205,7 +210,7 @@ func hold[T any](ctx context.Context, l *life, name string, acquire func(context
 		// Also of a thing that was acquired badly: it is released all the same.
 		err = errors.Join(err, l.log.Held(name, g.handle, !g.byName))
 	}
-	l.clock.mark(name[len(l.log.Job):])
+	l.clock.mark(l.stage(name))
 	if err != nil {
 		return v, fmt.Errorf("%s: %w", name, err)
 	}
@@ -221,7 +226,7 @@ func (a *Agent) release(ctx context.Context, log *journal.Log, scope string, out
 	defer cancel()
 	var errs []error
 	for _, d := range log.Debts() {
-		if d.Kind == kindBox && a.kept.holds(log.Job) {
+		if d.Kind == kindBox && a.kept.holdsBox(log.Job, d.Name) {
 			continue
 		}
 		if scope != "" && d.Scope != scope {

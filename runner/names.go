@@ -2,19 +2,44 @@ package runner
 
 import (
 	"strconv"
+	"strings"
 
 	"github.com/mayfly-ci/mayfly/runner/policy"
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
 )
 
 // Every name of what a job holds begins with the job's own, so that the reaper
-// can tell whose it is, and no handle is needed to find it again.
+// can tell whose it is, and no handle is needed to find it again. A warm box
+// keeps the name that it was made with; which job has it, the journal says.
 const (
-	jobPrefix    = "mf-"
-	jobNameBytes = len(jobPrefix) + 16
+	jobPrefix  = "mf-"
+	poolPrefix = "pool-"
 )
 
-func newJobName() string { return jobPrefix + newID() }
+func newJobName() string  { return jobPrefix + newID() }
+func newPoolName() string { return poolPrefix + newID() }
+
+// isWarm reports whether a log is that of a warm box, and of no job.
+func isWarm(log string) bool { return strings.HasPrefix(log, poolPrefix) }
+
+// recovers is what the audit calls the recovery of a log.
+func recovers(log string) string {
+	if isWarm(log) {
+		return "box.recover"
+	}
+	return "job.recover"
+}
+
+// jobOf is the log, of a job or of a warm box, that a name was derived from: it
+// is a prefix, and an id, which has no hyphen.
+func jobOf(name string) string {
+	prefix, rest, _ := strings.Cut(name, "-")
+	id, _, _ := strings.Cut(rest, "-")
+	if id == "" {
+		return name
+	}
+	return prefix + "-" + id
+}
 
 func gatewayName(job string) string               { return job + "-gw" }
 func boxName(job string) string                   { return job + "-box" }

@@ -21,7 +21,7 @@ type Orphan struct {
 }
 
 // Orphans lists what the second net would take: everything with our label
-// whose job is not in the journal. It looks at the journal *after* the backends:
+// that the journal does not owe. It looks at the journal *after* the backends:
 // a job writes down what it will make before it makes it.
 func (a *Agent) Orphans(ctx context.Context) ([]Orphan, error) {
 	var found []Orphan
@@ -58,12 +58,15 @@ func (a *Agent) Orphans(ctx context.Context) ([]Orphan, error) {
 	owned := map[string]bool{}
 	for _, log := range logs {
 		owned[log.Job] = true
+		for _, d := range log.Debts() {
+			owned[d.Name] = true // a warm box is named after no job
+		}
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	orphans := found[:0]
 	for _, o := range found {
-		if job := jobOf(o.Name); !owned[job] && !a.jobs[job] {
+		if job := jobOf(o.Name); !owned[job] && !owned[o.Name] && a.jobs[job] == "" {
 			orphans = append(orphans, o)
 		}
 	}
@@ -108,12 +111,4 @@ func (a *Agent) reapLoop(ctx context.Context) {
 			return
 		}
 	}
-}
-
-// jobOf is the job that a name was derived from.
-func jobOf(name string) string {
-	if len(name) > jobNameBytes {
-		return name[:jobNameBytes]
-	}
-	return name
 }

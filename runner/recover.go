@@ -34,7 +34,7 @@ func (a *Agent) recoverOne(ctx context.Context, log *journal.Log) error {
 	stop := a.watch(ctx, func(error) {}, log)
 	defer stop()
 	for wait := retryFirst; ; wait = backoff(wait) {
-		err := a.audit(ctx, log.Job, "job.recover", log.Job, nil, "debts", strconv.Itoa(len(log.Debts())),
+		err := a.audit(ctx, log.Job, recovers(log.Job), log.Job, nil, "debts", strconv.Itoa(len(log.Debts())),
 			"of_generation", strconv.FormatInt(log.Generation, 10), "damaged_lines", strconv.Itoa(log.Damaged))
 		if err == nil {
 			return a.settle(ctx, log, nil)

@@ -24,5 +24,8 @@ func (a *Agent) Reload(ctx context.Context, next *policy.Policy, bad error) erro
 		return err
 	}
 	a.rules.Store(next)
+	for name := range a.cfg.Runtimes {
+		a.pool.nudge(name) // its boxes may be of no use any more
+	}
 	return nil
 }

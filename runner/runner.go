@@ -6,13 +6,15 @@
 // action.go an action), listen.go hears and stream.go masks what they print,
 // settle.go insists on the release, recover.go and reap.go are the same release
 // after a crash, keep.go and shell.go are the boxes that stay for somebody to
-// look at, objects.go is the git cache, state.go is the directory.
+// look at, pool.go and fill.go those that are made before there is a job,
+// objects.go is the git cache, state.go is the directory.
 package runner
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -71,7 +73,7 @@ type Config struct {
 	Keep   int           // boxes of failed jobs that are kept at once, if the policy says so; 0 is none
 	Drain  time.Duration // how long the first signal waits for running jobs; 0 is until they end
 	Quotas Quotas
-
+	Warm   Warm
 	Once   bool         // return after one job, for "mayfly exec"
 	Canary *wall.Canary // what boxes must not reach on this host; nil is none
 }
@@ -85,9 +87,10 @@ type Agent struct {
 	rules atomic.Pointer[policy.Policy] // in force for jobs that are admitted from now on
 
 	mu   sync.Mutex
-	jobs map[string]bool // that may own something: the reaper keeps off them
+	jobs map[string]string // logs that may own something, and whose they are: the reaper keeps off them
 
 	kept keptBoxes
+	pool *pool
 }
 
 // New checks the configuration. A policy is needed: without one, no agent.
@@ -105,14 +108,18 @@ func New(cfg Config, state *State) (*Agent, error) {
 	if cfg.Keep < 0 {
 		errs = append(errs, fmt.Errorf("%d kept boxes, want at least 0", cfg.Keep))
 	}
+	if cfg.Warm.Boxes < 0 {
+		errs = append(errs, fmt.Errorf("%d warm boxes, want at least 0", cfg.Warm.Boxes))
+	}
 	if cfg.Slots < 1 {
 		errs = append(errs, fmt.Errorf("%d slots, want at least 1", cfg.Slots))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return nil, fmt.Errorf("agent: %w", err)
 	}
-	a := &Agent{cfg: cfg, state: state, slots: newSlots(cfg.Slots, cfg.Quotas), polls: newPolls(cfg.Providers), jobs: map[string]bool{}}
+	a := &Agent{cfg: cfg, state: state, slots: newSlots(cfg.Slots, cfg.Quotas), polls: newPolls(cfg.Providers), jobs: map[string]string{}}
 	a.rules.Store(cfg.Policy)
+	a.pool = newPool(a)
 	return a, nil
 }
 
@@ -150,6 +157,7 @@ func (a *Agent) Run(drain, kill context.Context) error {
 	}
 	wg.Go(func() { a.reapLoop(work) })
 	var left errorList
+	wg.Go(func() { a.pool.run(work, kill, &left) })
 	for name := range a.cfg.Providers {
 		wg.Go(func() { a.poll(work, jobs, name, done, &left) })
 	}
@@ -211,14 +219,19 @@ func (a *Agent) poll(ctx, kill context.Context, provider string, done func(), le
 // enlist tells the reaper that the job may own things; the function that it
 // returns tells it that the job's journal is closed.
 func (a *Agent) enlist(job string) func() {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.jobs[job] = true
+	a.enlistFor(job, job)
 	return func() {
 		a.mu.Lock()
 		defer a.mu.Unlock()
-		delete(a.jobs, job)
+		maps.DeleteFunc(a.jobs, func(_, owner string) bool { return owner == job })
 	}
+}
+
+// enlistFor tells it that what is named after a log is now the job's.
+func (a *Agent) enlistFor(job, log string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.jobs[log] = job
 }
 
 // audit writes one event; kv are pairs of detail. Its error stops what was to

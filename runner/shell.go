@@ -76,7 +76,7 @@ func (a *Agent) Shell(ctx context.Context, sh Shell) (sandbox.Exit, error) {
 	for _, what := range []string{"user", "uid", "pid", "login"} {
 		who = append(who, what, sh.Who[what])
 	}
-	if err := a.audit(ctx, k.job, "box.shell", boxName(k.job), nil, who...); err != nil {
+	if err := a.audit(ctx, k.job, "box.shell", k.name, nil, who...); err != nil {
 		return sandbox.Exit{}, errors.Join(err, rec.file.Close())
 	}
 	began := time.Now()
@@ -86,7 +86,7 @@ func (a *Agent) Shell(ctx context.Context, sh Shell) (sandbox.Exit, error) {
 	}
 	sum, rerr := rec.close()
 	err = errors.Join(err, rerr)
-	return exit, errors.Join(err, a.audit(ctx, k.job, "box.shell.end", boxName(k.job), err, append(who[:2:2],
+	return exit, errors.Join(err, a.audit(ctx, k.job, "box.shell.end", k.name, err, append(who[:2:2],
 		"took", time.Since(began).String(), "exit", strconv.Itoa(exit.Code), "typed", strconv.Itoa(rec.typed), "sha256", sum)...))
 }
 

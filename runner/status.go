@@ -15,6 +15,7 @@ type Status struct {
 	Slots     int    // jobs at once
 	Busy      int    // slots that are held
 	Jammed    int    // boxes that will not die; no jobs are claimed while there is one
+	Warm      int    // boxes that are ready and that no job has
 	Providers map[string]ProviderStatus
 }
 
@@ -53,6 +54,7 @@ func (d Doing) Ended() bool { return d == pollEnded }
 func (a *Agent) Status() Status {
 	s := Status{Policy: a.rules.Load().Digest(), Slots: a.slots.total, Providers: a.polls.all()}
 	s.Busy, s.Jammed = a.slots.count(s.Providers)
+	s.Warm = a.pool.ready()
 	return s
 }
 

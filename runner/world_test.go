@@ -58,6 +58,7 @@ type world struct {
 	hang     string            // "put" or "get": then the box's guest does not answer
 	deploy   []string          // what lay in the file of the step's lease when each step ran
 	files    map[string]string // of the workspace, for actions
+	dead     map[string]bool   // boxes, by name
 }
 
 const policyText = `version: 1
@@ -124,6 +125,12 @@ func (w *world) agent(change func(*runner.Config)) *runner.Agent {
 		w.t.Fatal(err)
 	}
 	w.t.Cleanup(func() { _ = state.Close() })
+	return w.beside(state, change)
+}
+
+// beside makes an agent with a state that it may only be able to read.
+func (w *world) beside(state *runner.State, change func(*runner.Config)) *runner.Agent {
+	w.t.Helper()
 	p, err := policy.Parse([]byte(policyText), "policy.yaml")
 	if err != nil {
 		w.t.Fatal(err)
@@ -383,15 +390,19 @@ type worldRuntime struct {
 
 func (r worldRuntime) Create(ctx context.Context, name string, s sandbox.Spec) (sandbox.Sandbox, error) {
 	box, err := r.Fake.Create(ctx, name, s)
-	return worldBox{box, r.w}, err
+	return worldBox{box, r.w, name}, err
 }
 
 type worldBox struct {
 	sandbox.Sandbox
-	w *world
+	w    *world
+	name string
 }
 
 func (b worldBox) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, error) {
+	if _, err := os.Stat(filepath.Join(b.w.boxes.Dir, b.name)); err != nil {
+		return sandbox.Exit{}, fmt.Errorf("%w: somebody destroyed it: %w", sandbox.ErrDied, err)
+	}
 	key, err := b.Sandbox.Get(ctx, sandbox.Run+"/secrets/deploy.key", 1<<10)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return sandbox.Exit{}, err
@@ -420,6 +431,12 @@ func (b worldBox) Put(ctx context.Context, dir string, r io.Reader) error {
 func (b worldBox) Get(ctx context.Context, name string, limit int64) ([]byte, error) {
 	if err := b.stuck(ctx, "get"); err != nil {
 		return nil, err
+	}
+	b.w.mu.Lock()
+	died := b.w.dead[b.name]
+	b.w.mu.Unlock()
+	if died {
+		return nil, sandbox.ErrDied
 	}
 	if text, ok := b.w.files[name]; ok {
 		return []byte(text), nil

@@ -36,6 +36,7 @@ func newMoment(c Config) *moment {
 		{"mayfly_slots", "Jobs that may run at once.", nil},
 		{"mayfly_slots_used", "Slots that are held.", nil},
 		{"mayfly_boxes_stuck", "Boxes that will not die; no jobs are taken while there is one.", nil},
+		{"mayfly_boxes_warm", "Boxes that are ready and that no job has.", nil},
 		{"mayfly_jobs", "Jobs that are not reported yet: claimed, waiting for their repository's turn, working.", []string{"provider", "state"}},
 		{"mayfly_polls_total", "Answers of the service to the question for jobs, errors included.", []string{"provider"}},
 		{"mayfly_poll_errors_total", "Errors among them.", []string{"provider"}},
@@ -68,6 +69,7 @@ func (m *moment) Collect(to chan<- prometheus.Metric) {
 	gauge("mayfly_slots", s.Slots)
 	gauge("mayfly_slots_used", s.Busy)
 	gauge("mayfly_boxes_stuck", s.Jammed)
+	gauge("mayfly_boxes_warm", s.Warm)
 	for name, p := range s.Providers {
 		gauge("mayfly_jobs", p.Claimed, name, "claimed")
 		gauge("mayfly_jobs", p.Waiting, name, "waiting")

@@ -32,7 +32,7 @@ func fixture(t *testing.T) (*sink, *runner.Status, Config) {
 	t.Helper()
 	s := &sink{}
 	status := &runner.Status{
-		Policy: "sha256:1", Slots: 4, Busy: 2,
+		Policy: "sha256:1", Slots: 4, Busy: 2, Warm: 3,
 		Providers: map[string]runner.ProviderStatus{"ci": {Waiting: 1, Working: 2, Polls: 7, Errors: 3, Doing: "ask", Since: time.Now()}},
 	}
 	return s, status, Config{
@@ -69,7 +69,7 @@ func TestMetrics(t *testing.T) {
 	append1(t, r, "j1", "egress.dns", "x.example", "refused", "verdict", "refused")
 	append1(t, r, "j1", "egress.tcp", "y.example", "ok", "verdict", "allowed")
 	append1(t, r, "j1", "job.end", "j1", "ok", "conclusion", "success", "took_claim", "2ms", "took_admit", "1ms", "took_intend", "1ms",
-		"took_gw", "1ms", "took_box", "20ms", "took_l-db", "30ms", "took_l-key", "40ms", "took_step-a", "2s", "took_r1", "1s", "took_step-b", "1s")
+		"took_gw", "1ms", "took_box", "20ms", "took_take", "1ms", "took_adopt", "2ms", "took_l-db", "30ms", "took_l-key", "40ms", "took_step-a", "2s", "took_r1", "1s", "took_step-b", "1s")
 	append1(t, r, "j1", "lease.revoke", "j1-l-db", "ok", "issuer", "pg")
 	for range 2 {
 		append1(t, r, "j1", "lease.revoke", "j1-l-key", "down", "issuer", "pg")
@@ -94,7 +94,7 @@ func TestMetrics(t *testing.T) {
 	}
 	for _, want := range []string{
 		`mayfly_build_info{go="go1.`, `version="1.2.3"} 1`, `mayfly_policy_info{digest="sha256:1"} 1`,
-		`mayfly_slots 4`, `mayfly_slots_used 2`, `mayfly_boxes_stuck 0`,
+		`mayfly_slots 4`, `mayfly_slots_used 2`, `mayfly_boxes_stuck 0`, `mayfly_boxes_warm 3`,
 		`mayfly_jobs{provider="ci",state="claimed"} 0`, `mayfly_jobs{provider="ci",state="waiting"} 1`, `mayfly_jobs{provider="ci",state="working"} 2`,
 		`mayfly_polls_total{provider="ci"} 7`, `mayfly_poll_errors_total{provider="ci"} 3`, `mayfly_poll_failing{provider="ci"} 0`,
 		`mayfly_jobs_total{conclusion="success",provider="ci"} 1`, `mayfly_jobs_total{conclusion="lost",provider="ci"} 1`,
@@ -104,7 +104,7 @@ func TestMetrics(t *testing.T) {
 		`mayfly_leases{issuer="pg",state="live"} 1`, `mayfly_leases{issuer="pg",state="stuck"} 1`,
 		`mayfly_egress_total{network="dns",verdict="refused"} 1`, `mayfly_egress_total{network="tcp",verdict="allowed"} 1`,
 		`mayfly_job_stage_seconds_sum{stage="claim"} 0.002`, `mayfly_job_stage_seconds_sum{stage="admit"} 0.002`,
-		`mayfly_job_stage_seconds_sum{stage="box"} 0.021`, `mayfly_job_stage_seconds_sum{stage="leases"} 0.07`,
+		`mayfly_job_stage_seconds_sum{stage="box"} 0.021`, `mayfly_job_stage_seconds_sum{stage="adopt"} 0.003`, `mayfly_job_stage_seconds_sum{stage="leases"} 0.07`,
 		`mayfly_job_stage_seconds_sum{stage="steps"} 4`, `mayfly_job_stage_seconds_count{stage="steps"} 1`,
 		`mayfly_job_stage_seconds_count{stage="release"} 1`, `mayfly_job_stage_seconds_bucket{stage="total",le="10"} 1`,
 		`mayfly_job_stage_seconds_bucket{stage="total",le="3"} 0`,

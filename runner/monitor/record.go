@@ -156,11 +156,13 @@ func stage(lap string) string {
 		return "admit"
 	case lap == "gw":
 		return "box"
+	case lap == "take":
+		return "adopt"
 	case strings.HasPrefix(lap, "l-"):
 		return "leases"
 	}
 	// The rest is of steps: step-ID, and rN for its rules.
-	if known := oneOf(lap, "claim", "admit", "wait", "box", "attach"); known != "other" {
+	if known := oneOf(lap, "claim", "admit", "wait", "box", "adopt", "attach"); known != "other" {
 		return known
 	}
 	return "steps"

@@ -194,3 +194,13 @@ func (p *Policy) Places() []Place {
 	}
 	return ps
 }
+
+// Plans returns the plan of every rule, in the order of the file, as it is for a
+// job that asks for nothing less: boxes can be made of it before there is one.
+func (p *Policy) Plans() []Plan {
+	var plans []Plan
+	for _, r := range p.rules {
+		plans = append(plans, r.grant(providers.Job{}))
+	}
+	return plans
+}

@@ -1,6 +1,7 @@
 // Package journal is the agent's memory of what it owes the outside world.
 //
-// One job has one file, jobs/<job>.wal, of JSON lines. The agent writes a line
+// One job has one file, jobs/<job>.wal, of JSON lines, and so has each box that
+// is kept ready and that no job has. The agent writes a line
 // naming a thing before it makes the thing, and a line when the thing is gone.
 // The file exists exactly as long as something may be owed, so "ls jobs/" after
 // a crash is the list of what to clean up. There is no other state, and no
