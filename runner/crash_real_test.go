@@ -129,7 +129,7 @@ func (s *scene) boxesLeft() ([]string, error) {
 	var left []string
 	for _, pattern := range []string{
 		filepath.Join(s.Dir, "native", "boxes", "*"), filepath.Join(s.Dir, "native", "ids", "*"),
-		"/sys/fs/cgroup/*/" + s.cgroup() + "/*/mf-*", "/sys/fs/cgroup/" + s.cgroup() + "/*/mf-*",
+		"/sys/fs/cgroup/*/" + s.cgroup() + "/*/*-box", "/sys/fs/cgroup/" + s.cgroup() + "/*/*-box",
 	} {
 		found, err := filepath.Glob(pattern)
 		if err != nil {

@@ -64,10 +64,12 @@ func crashAgent() error {
 	if err != nil {
 		return err
 	}
+	wait := s.makeWarm(&cfg)
 	agent, err := runner.New(cfg, state)
 	if err != nil {
 		return err
 	}
+	wait.status = agent.Status
 	if os.Getenv(envMode) == "recover" {
 		return agent.Recover(context.Background())
 	}
@@ -190,6 +192,9 @@ func crash(t *testing.T, kind string) {
 	end := slices.Index(points, "journal.outcome.after:1")
 	if end < 0 {
 		t.Fatalf("the traced job recorded no outcome; points: %v", points)
+	}
+	if first.Warm && !slices.Contains(points, "pool.given:1") {
+		t.Fatalf("the traced job adopted no box; points: %v", points)
 	}
 	silent := unheard(points)
 	doubles := parallel(points, free, func(s *scene, i int) int {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -64,7 +65,8 @@ jobs:
 // A scene is one world of the crash test; it is handed to the agent's process.
 type scene struct {
 	Kind string
-	Lane int // scenes of different lanes run at the same time
+	Warm bool // a box is ready before the job
+	Lane int  // scenes of different lanes run at the same time
 	Dir  string
 
 	Postgres realPostgres
@@ -82,7 +84,8 @@ type scene struct {
 
 func newScene(t *testing.T, kind string, lane int) *scene {
 	t.Helper()
-	s := &scene{Kind: kind, Lane: lane, Dir: filepath.Join(t.TempDir(), "world")}
+	kind, warm := strings.CutPrefix(kind, "warm ")
+	s := &scene{Kind: kind, Warm: warm, Lane: lane, Dir: filepath.Join(t.TempDir(), "world")}
 	if kind == "real" {
 		s.Postgres = startPostgres(t)
 	}

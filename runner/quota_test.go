@@ -57,6 +57,17 @@ func (w *world) did(action string) []audit.Event {
 	return found
 }
 
+// made counts the calls of one kind.
+func (w *world) made(call string) int {
+	n := 0
+	for _, c := range w.happened() {
+		if c == call {
+			n++
+		}
+	}
+	return n
+}
+
 // A repository gets what its quota says, and others run meanwhile; what waits
 // is claimed, bounded, and written down.
 func TestQuota(t *testing.T) {

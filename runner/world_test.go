@@ -205,17 +205,6 @@ func (w *world) happened() []string {
 	return slices.Clone(w.order)
 }
 
-// made counts the calls of one kind.
-func (w *world) made(call string) int {
-	n := 0
-	for _, c := range w.happened() {
-		if c == call {
-			n++
-		}
-	}
-	return n
-}
-
 func job(steps ...providers.Step) providers.Job {
 	for i := range steps {
 		if steps[i].ID == "" {

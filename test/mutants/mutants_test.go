@@ -34,7 +34,7 @@ func checks() []check {
 	return []check{
 		{"build", "", []string{"build", "-tags=failpoint", "./runner/..."}, 2 * time.Minute},
 		{"fast", "", []string{"test", "-vet=off", "-timeout=120s", "./runner/..."}, 3 * time.Minute},
-		{"crash", "MAYFLY_CRASH=single", []string{"test", "-vet=off", "-tags=failpoint", "-timeout=240s", "-run=^TestCrash(Fake|Kept)$", "./runner"}, 5 * time.Minute},
+		{"crash", "MAYFLY_CRASH=single", []string{"test", "-vet=off", "-tags=failpoint", "-timeout=240s", "-run=^TestCrash(Fake|Kept|Warm)$", "./runner"}, 5 * time.Minute},
 	}
 }
 
