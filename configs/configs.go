@@ -26,8 +26,9 @@ import (
 // Version is the only version of the file that this agent understands.
 const Version = 1
 
-// MaxSlots bounds how many jobs run at once, those whose boxes are kept
-// included: the native runtime has a range of user ids for each.
+// MaxSlots bounds how many jobs run at once, those whose boxes are kept and boxes
+// that are ready for jobs included: the native runtime has a range of user ids
+// for each.
 const MaxSlots = 1024
 
 // defaultKeep is one box to look at and one that fails meanwhile.
@@ -43,6 +44,7 @@ type Config struct {
 	Drain   time.Duration // how long the first SIGTERM waits for running jobs; 0 is until they end
 	Log     Log
 	Quotas  Quotas
+	Warm    Warm
 	Monitor Monitor
 
 	Providers map[string]Section
@@ -83,6 +85,7 @@ type file struct {
 	Gateway   strict.Node           `yaml:"gateway"`
 	GitCache  *gitNode              `yaml:"git_cache"`
 	Quotas    *quotasNode           `yaml:"quotas"`
+	Warm      *warmNode             `yaml:"warm"`
 	Monitor   *monitorNode          `yaml:"monitor"`
 	Log       logNode               `yaml:"log"`
 }
@@ -178,7 +181,7 @@ func (c *Config) fill(f file) error {
 		c.Runtimes = runtimes
 	}
 	c.Gateway = Section{node: f.Gateway}
-	errs = append(errs, f.Quotas.fill(&c.Quotas), f.Monitor.fill(&c.Monitor), f.GitCache.fill(dir, &c.GitCache))
+	errs = append(errs, f.Quotas.fill(&c.Quotas), f.Warm.fill(&c.Warm), f.Monitor.fill(&c.Monitor), f.GitCache.fill(dir, &c.GitCache))
 	return strict.Join(errs...)
 }
 

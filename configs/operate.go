@@ -30,6 +30,19 @@ func (q Quota) Errorf(format string, args ...any) error {
 	return q.node.At("match").Errorf(format, args...)
 }
 
+// Warm says how many boxes are ready before there is a job. The zero value is
+// none.
+type Warm struct {
+	Boxes int           // of each class that the policy has
+	Age   time.Duration // after which one that was not used is replaced; 0 is the agent's default
+	node  strict.Node
+}
+
+// Errorf returns an error at the key boxes, for whoever knows the policy.
+func (w Warm) Errorf(format string, args ...any) error {
+	return w.node.At("boxes").Errorf(format, args...)
+}
+
 // A Monitor is where the agent says how it is. The zero value is nowhere.
 type Monitor struct {
 	Network string // tcp or unix
@@ -88,6 +101,26 @@ func positive(n strict.Node, key string, from, into *int, without string) error 
 		return n.At(key).Errorf("%d is out of range: write 1 or more, or remove the key %s", *from, without)
 	}
 	return nil
+}
+
+type warmNode struct {
+	Self  strict.Node    `yaml:",self"`
+	Boxes *int           `yaml:"boxes,required"`
+	Age   *time.Duration `yaml:"age"`
+}
+
+func (n *warmNode) fill(w *Warm) error {
+	if n == nil {
+		return nil
+	}
+	w.node = n.Self
+	errs := []error{positive(n.Self, "boxes", n.Boxes, &w.Boxes, "warm to have none")}
+	if n.Age != nil {
+		if w.Age = *n.Age; w.Age < time.Minute || w.Age > 24*time.Hour {
+			errs = append(errs, n.Self.At("age").Errorf("%s is out of range: 1m to 24h", w.Age))
+		}
+	}
+	return strict.Join(errs...)
 }
 
 type monitorNode struct {

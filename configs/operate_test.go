@@ -45,6 +45,35 @@ func TestExampleComments(t *testing.T) {
 	if c.Quotas.Jobs != 2 || len(c.Quotas.Repositories) != 1 || c.Monitor != (Monitor{"tcp", "127.0.0.1:9464"}) {
 		t.Errorf("got %+v and %+v", c.Quotas, c.Monitor)
 	}
+	if c.Warm.Boxes != 2 || c.Warm.Age != 10*time.Minute {
+		t.Errorf("got %+v", c.Warm)
+	}
+}
+
+func TestWarm(t *testing.T) {
+	t.Parallel()
+	c, err := parse(t, "warm: {boxes: 3, age: 1h}\n")
+	if err != nil || c.Warm.Boxes != 3 || c.Warm.Age != time.Hour {
+		t.Fatalf("got %+v, %v", c, err)
+	}
+	if err := c.Warm.Errorf("bad"); err.Error() != "agent.yaml:4:15: bad" {
+		t.Errorf("got %v, want the place of the number", err)
+	}
+	for _, more := range []string{"", "slots: 2\n"} {
+		if c, err := parse(t, more); err != nil || c.Warm.Boxes != 0 {
+			t.Errorf("%q: got %+v, %v, want none", more, c, err)
+		}
+	}
+	_, err = parse(t, "warm: {boxes: 0, age: 1s, box: 3}\n")
+	want := `agent.yaml:4:15: 0 is out of range: write 1 or more, or remove the key warm to have none
+agent.yaml:4:23: 1s is out of range: 1m to 24h
+agent.yaml:4:27: unknown key "box" (known: boxes, age)`
+	if err == nil || err.Error() != want {
+		t.Errorf("got\n%v\nwant\n%s", err, want)
+	}
+	if _, err := parse(t, "warm: {age: 1h}\n"); err == nil {
+		t.Error("without a number: got nil")
+	}
 }
 
 func TestQuotas(t *testing.T) {

@@ -39,7 +39,12 @@ func runConfig(c *call) error {
 		return exitError{exitUsage, err}
 	}
 	text := fmt.Sprintf("%s is good: %d slots, policy %s\n", o.args[1], cfg.Slots, rules.Digest())
-	return c.print(o, map[string]any{"file": o.args[1], "slots": cfg.Slots, "policy": rules.Digest()}, text)
+	facts := map[string]any{"file": o.args[1], "slots": cfg.Slots, "policy": rules.Digest()}
+	if cfg.Warm.Boxes > 0 {
+		text += warmText(cfg, rules) + "\n"
+		facts["warm"] = cfg.Warm.Boxes * runner.Classes(rules)
+	}
+	return c.print(o, facts, text)
 }
 
 // checkNames looks for names in the policy that the configuration does not
@@ -63,7 +68,7 @@ func checkNames(cfg *configs.Config, rules *policy.Policy) error {
 // checkRules looks for the runtimes that the policy names, and lets the issuers
 // judge what it would have them asked for.
 func (w *wiring) checkRules(rules *policy.Policy) error {
-	var errs []error
+	errs := []error{checkWarm(w.config, rules)}
 	for _, p := range rules.Places() {
 		section, ok := w.config.Runtimes[p.Runtime]
 		if !ok {

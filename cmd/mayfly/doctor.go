@@ -128,7 +128,7 @@ func (w *wiring) examine() []finding {
 		fs = append(fs, examineProvider(ctx, name, w.agent.Providers[name]))
 	}
 	fs = append(fs, finding{"policy", w.policyFile, stateOK, w.agent.Policy.Digest()})
-	return slices.Concat(fs, w.examineState(), w.examineSlots(), w.examineMonitor(), w.examineGit(ctx))
+	return slices.Concat(fs, w.examineState(), w.examineSlots(), w.examineWarm(), w.examineMonitor(), w.examineGit(ctx))
 }
 
 // examineProvider asks a service that can be asked without taking a job.
@@ -189,7 +189,16 @@ func (w *wiring) examineGit(ctx context.Context) []finding {
 
 func (w *wiring) examineState() []finding {
 	jobs, err := w.state.Jobs()
-	f := finding{"state", w.state.Dir, stateOK, fmt.Sprintf("generation %d, %d jobs owe something", w.state.Generation, len(jobs))}
+	warm := 0
+	for _, j := range jobs {
+		if j.Warm {
+			warm++
+		}
+	}
+	f := finding{"state", w.state.Dir, stateOK, fmt.Sprintf("generation %d, %d jobs owe something", w.state.Generation, len(jobs)-warm)}
+	if warm > 0 {
+		f.Detail += fmt.Sprintf(", %d boxes are ready", warm)
+	}
 	if err != nil {
 		f.State, f.Detail = stateMissing, err.Error()
 	}

@@ -27,6 +27,8 @@ func runJobs(c *call) error {
 			end = "ended: " + string(j.Outcome.Conclusion)
 		} else if j.Generation != state.Generation {
 			end = "left by generation " + fmt.Sprint(j.Generation)
+		} else if j.Warm {
+			end = "a warm box, which no job has"
 		}
 		fmt.Fprintf(&b, "%s  %s\n", j.Job, end)
 		for _, d := range j.Owes {
@@ -76,7 +78,17 @@ func runRecover(c *call) error {
 	if err := agent.Recover(drain); err != nil {
 		return err
 	}
-	return c.print(o, jobs, fmt.Sprintf("%d jobs of an earlier life released\n", len(jobs)))
+	warm := 0
+	for _, j := range jobs {
+		if j.Warm {
+			warm++
+		}
+	}
+	text := fmt.Sprintf("%d jobs of an earlier life released\n", len(jobs)-warm)
+	if warm > 0 {
+		text += fmt.Sprintf("%d boxes that no job had destroyed\n", warm)
+	}
+	return c.print(o, jobs, text)
 }
 
 func runReap(c *call) error {

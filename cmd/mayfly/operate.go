@@ -46,6 +46,34 @@ func quotasOf(c configs.Quotas) (runner.Quotas, error) {
 	return q, errors.Join(errs...)
 }
 
+// checkWarm refuses more boxes than there are ranges of user ids for.
+func checkWarm(c *configs.Config, rules *policy.Policy) error {
+	room, want := configs.MaxSlots-c.Slots-c.Keep, c.Warm.Boxes*runner.Classes(rules)
+	if want > room {
+		return c.Warm.Errorf("%s: beside %d slots and %d kept boxes there is room for %d", warmText(c, rules), c.Slots, c.Keep, room)
+	}
+	return nil
+}
+
+// warmText says how many boxes are kept ready.
+func warmText(c *configs.Config, rules *policy.Policy) string {
+	classes := runner.Classes(rules)
+	text := fmt.Sprintf("warm: %d boxes of each of %d classes that the policy has, %d in all", c.Warm.Boxes, classes, c.Warm.Boxes*classes)
+	if c.Warm.Boxes > c.Slots {
+		text += fmt.Sprintf("; only %d jobs run at once, so that more of a class are seldom of use", c.Slots)
+	}
+	return text
+}
+
+// examineWarm says what the boxes that are ready cost.
+func (w *wiring) examineWarm() []finding {
+	f := finding{"agent", "warm boxes", stateOK, "none: a job's box is made when the job comes (warm: in the configuration)"}
+	if w.config.Warm.Boxes > 0 {
+		f.Detail = warmText(w.config, w.agent.Policy) + "; one takes 2 MiB while it is idle, and with an engine what that runs beside it"
+	}
+	return []finding{f}
+}
+
 // serve opens the monitor, if the configuration says where. record is where the
 // agent writes its audit.
 func (w *wiring) serve(agent *runner.Agent, record *monitor.Record) error {

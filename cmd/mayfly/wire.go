@@ -95,7 +95,7 @@ func wireWith(path string, stderr io.Writer, open func(string) (*runner.State, e
 		return nil, err
 	}
 	w.closers = append(w.closers, w.state.Close)
-	w.agent.Slots, w.agent.Keep, w.agent.Drain = c.Slots, c.Keep, c.Drain
+	w.agent.Slots, w.agent.Keep, w.agent.Drain, w.agent.Warm = c.Slots, c.Keep, c.Drain, runner.Warm{Boxes: c.Warm.Boxes, Age: c.Warm.Age}
 	if w.agent.Quotas, err = quotasOf(c.Quotas); err != nil {
 		return nil, exitError{exitUsage, err}
 	}
