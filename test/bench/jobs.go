@@ -22,26 +22,32 @@ type timing struct {
 	first  time.Time // of the step's own write
 }
 
-// latency measures one job at a time, and beside it what is no work of ours.
+// latency measures one job at a time, in a box that is made for it and in one
+// that is ready, and beside it what is no work of ours.
 func latency(ctx context.Context, w *world, t *table) error {
-	a, err := w.start("one", capacity, "")
+	cold, err := w.start("one", capacity, "")
 	if err != nil {
 		return err
 	}
+	warm, err := w.start("warm", capacity, "", fmt.Sprintf("warm: {boxes: %d}\n", warmBoxes))
+	if err != nil {
+		return err
+	}
+	warm.warm = warmBoxes // both workflows are of one class
 	f, err := newFloors(w)
 	if err != nil {
 		return err
 	}
-	var leased, bare []timing
+	agents, taken := []*agent{cold, warm}, [2]timings{}
 	var issued, revoked []float64
 	for i := range latencyRounds + 1 {
-		l, err := a.time(ctx, "lease.yml")
-		if err != nil {
-			return err
-		}
-		b, err := a.time(ctx, "bare.yml")
-		if err != nil {
-			return err
+		for n, a := range agents {
+			if err := a.ready(ctx); err != nil {
+				return err
+			}
+			if err := taken[n].round(ctx, a); err != nil {
+				return err
+			}
 		}
 		issue, revoke, err := w.lease(ctx, fmt.Sprintf("bench-%d", i))
 		if err != nil {
@@ -52,29 +58,74 @@ func latency(ctx context.Context, w *world, t *table) error {
 		}
 		if i == 0 { // it made what later ones find: disk template, /etc, connections
 			f.forget()
+			taken = [2]timings{}
 			continue
 		}
-		leased, bare = append(leased, l), append(bare, b)
 		issued, revoked = append(issued, ms(issue)), append(revoked, ms(revoke))
 	}
-	if err := a.stop(); err != nil {
-		return err
+	for n, a := range agents {
+		if err := a.stop(); err != nil {
+			return err
+		}
+		stages, err := a.stages()
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			taken[n].rows(t, "cold", 30, 70, stages, revoked)
+		} else if err := taken[n].warmRows(t, stages, revoked); err != nil {
+			return err
+		}
+		if err := stages.print([]string{"cold", "warm"}[n], taken[n].leased); err != nil {
+			return err
+		}
 	}
-	stages, err := a.stages()
+	t.info("issuer: issue, called alone", "ms", issued...)
+	t.info("issuer: revoke and probe, called alone", "ms", revoked...)
+	f.rows(t)
+	return nil
+}
+
+// timings are jobs of one agent, with a lease and without.
+type timings struct{ leased, bare []timing }
+
+func (j *timings) round(ctx context.Context, a *agent) error {
+	leased, err := a.time(ctx, "lease.yml")
 	if err != nil {
 		return err
 	}
-	latencyRows(t, leased, bare, stages, issued, revoked)
-	f.rows(t)
-	return stages.print(leased)
+	if err := a.ready(ctx); err != nil {
+		return err
+	}
+	bare, err := a.time(ctx, "bare.yml")
+	j.leased, j.bare = append(j.leased, leased), append(j.bare, bare)
+	return err
 }
 
-// latencyRows takes the issuer's own time off: of each job what the audit says
-// of its lease, and for the revocation, which the audit does not separate, the
-// median of calling the same issuer between the jobs.
-func latencyRows(t *table, leased, bare []timing, s stages, issued, revoked []float64) {
+// ready waits until the agent has the boxes ready that it is configured to have,
+// each of which has a log in the journal.
+func (a *agent) ready(ctx context.Context) error {
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		logs, err := filepath.Glob(filepath.Join(a.state, "jobs", "pool-*"))
+		if err != nil || len(logs) == a.warm {
+			return err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// rows take the issuer's own time off: of each job what the audit says of its
+// lease, and for the revocation, which the audit does not separate, the median
+// of calling the same issuer between the jobs.
+func (j timings) rows(t *table, kind string, firstBudget, wholeBudget float64, s stages, revoked []float64) {
 	var first, firstRaw, claimed, whole, wholeRaw, issue, without, wholeBare []float64
-	for _, l := range leased {
+	for _, l := range j.leased {
 		own := ms(s.took(l.result.Name, "l-db"))
 		issue = append(issue, own)
 		firstRaw = append(firstRaw, ms(l.first.Sub(l.result.AnsweredAt)))
@@ -83,20 +134,33 @@ func latencyRows(t *table, leased, bare []timing, s stages, issued, revoked []fl
 		wholeRaw = append(wholeRaw, ms(l.result.CompletedAt.Sub(l.result.AnsweredAt)))
 		whole = append(whole, ms(l.result.CompletedAt.Sub(l.result.AnsweredAt))-own-median(revoked))
 	}
-	for _, b := range bare {
+	for _, b := range j.bare {
 		without = append(without, ms(b.first.Sub(b.result.AnsweredAt)))
 		wholeBare = append(wholeBare, ms(b.result.CompletedAt.Sub(b.result.AnsweredAt)))
 	}
-	t.most(30, "claim answered → first byte, cold, one lease, without the issuer's time", "ms", first...)
+	t.most(firstBudget, "claim answered → first byte, "+kind+", one lease, without the issuer's time", "ms", first...)
 	t.info("  the same with the issuer's time", "ms", firstRaw...)
 	t.info("  the same from the claim (reads git), without the issuer's time", "ms", claimed...)
 	t.info("  the same without a lease", "ms", without...)
-	t.most(70, "claim answered → complete, lease revoked, box gone, without the issuer's time", "ms", whole...)
+	t.most(wholeBudget, "claim answered → complete, "+kind+", lease revoked, box gone, without the issuer's time", "ms", whole...)
 	t.info("  the same with the issuer's time", "ms", wholeRaw...)
 	t.info("  the same without a lease", "ms", wholeBare...)
-	t.info("issuer: issue, as the audit has it", "ms", issue...)
-	t.info("issuer: issue, called alone", "ms", issued...)
-	t.info("issuer: revoke and probe, called alone", "ms", revoked...)
+	t.info("  issuer: issue, as the audit has it", "ms", issue...)
+}
+
+// warmRows are those of jobs that adopted a box, as each must have.
+func (j timings) warmRows(t *table, s stages, revoked []float64) error {
+	j.rows(t, "warm", 10, 40, s, revoked)
+	var adoption []float64
+	for _, l := range j.leased {
+		name := l.result.Name
+		if s.took(name, "adopt") == 0 {
+			return fmt.Errorf("job %s adopted no box", name)
+		}
+		adoption = append(adoption, ms(s.took(name, "take")+s.took(name, "adopt")+s.took(name, "attach")))
+	}
+	t.most(5, "adoption of a warm box: asked, taken, attached", "ms", adoption...)
+	return nil
 }
 
 // time runs a job that prints the time.
@@ -176,14 +240,14 @@ func (s stages) at(job, action string) time.Time {
 }
 
 // print shows where the median time of a job goes.
-func (s stages) print(jobs []timing) error {
+func (s stages) print(kind string, jobs []timing) error {
 	if len(jobs) == 0 {
 		return errors.New("no jobs")
 	}
 	taken := map[string][]float64{}
 	for _, j := range jobs {
 		name, end := j.result.Name, s.at(j.result.Name, "job.end")
-		for _, stage := range []string{"admit", "intend", "gw", "box", "attach", "l-db"} {
+		for _, stage := range []string{"admit", "take", "intend", "gw", "box", "adopt", "attach", "l-db"} {
 			taken[stage] = append(taken[stage], ms(s.took(name, stage)))
 		}
 		before := s.at(name, "lease.issue")
@@ -194,12 +258,12 @@ func (s stages) print(jobs []timing) error {
 		taken["box and gateway gone"] = append(taken["box and gateway gone"], ms(complete.Sub(revoked)))
 		taken["report"] = append(taken["report"], ms(j.result.CompletedAt.Sub(complete)))
 	}
-	fmt.Print("stages of a job with a lease, medians in ms:")
+	fmt.Printf("stages of a job with a lease, %s, medians (least) in ms:", kind)
 	for _, stage := range []string{
-		"admit", "intend", "gw", "box", "attach", "l-db", "first byte", "rest of the step",
+		"admit", "take", "intend", "gw", "box", "adopt", "attach", "l-db", "first byte", "rest of the step",
 		"outcome and revoke", "box and gateway gone", "report",
 	} {
-		fmt.Printf(" %s %.2f;", stage, median(taken[stage]))
+		fmt.Printf(" %s %.2f (%.2f);", stage, median(taken[stage]), slices.Min(taken[stage]))
 	}
 	fmt.Println()
 	return nil

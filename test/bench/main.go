@@ -27,6 +27,7 @@ const (
 	batches        = 3
 	jobsOfABatch   = 200
 	capacity       = 4
+	warmBoxes      = 2
 	idleBoxes      = 8
 	idleRounds     = 3
 	streams        = 10

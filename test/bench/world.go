@@ -171,16 +171,17 @@ func (w *world) close() error {
 type agent struct {
 	world *world
 	state string
+	warm  int // boxes that it has ready
 	cmd   *exec.Cmd
 	log   bytes.Buffer
 	ended chan struct{}
 }
 
 // start starts an agent with a state of its own. base is a directory that its
-// boxes see too, "" is none.
-func (w *world) start(name string, slots int, base string) (*agent, error) {
+// boxes see too, "" is none; more are further lines of its configuration.
+func (w *world) start(name string, slots int, base string, more ...string) (*agent, error) {
 	state, config := w.path(name), w.path(name+".yaml")
-	text := fmt.Sprintf(configText, state, slots, w.dir, base, w.postgres.Port())
+	text := fmt.Sprintf(configText, state, slots, w.dir, base, w.postgres.Port()) + strings.Join(more, "")
 	if err := errors.Join(os.Mkdir(state, 0o700), os.WriteFile(config, []byte(text), 0o600)); err != nil {
 		return nil, err
 	}
