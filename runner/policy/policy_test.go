@@ -6,6 +6,7 @@ import (
 	"flag"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -208,6 +209,23 @@ rules:
 	}
 	if g := p.Grants(); len(g) != 1 || g[0].Issuer != "pg" || g[0].Rule != "policy.yaml:3 all" {
 		t.Errorf("Grants: got %+v", g)
+	}
+}
+
+// What a rule gives at most is the plan of a job that asks for nothing less.
+func TestPlans(t *testing.T) {
+	t.Parallel()
+	p, err := Parse([]byte("version: 1\nrules:\n  - {name: a, match: {trust: local}, timeout: 2h, limits: {memory: 1GiB}}\n  - {name: b, match: {trust: fork}, runtime: docker, image: x}\n"), "policy.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	plans := p.Plans()
+	if len(plans) != 2 || plans[0].Timeout != 2*time.Hour || plans[0].Limits.Memory != 1<<30 || plans[1].Runtime != "docker" || plans[1].Image != "x" {
+		t.Fatalf("got %+v", plans)
+	}
+	decided, err := p.Decide(providers.Job{Trust: providers.TrustLocal})
+	if err != nil || !reflect.DeepEqual(decided, plans[0]) {
+		t.Errorf("Decide: got %+v, %v, want the first of Plans, %+v", decided, err, plans[0])
 	}
 }
 
