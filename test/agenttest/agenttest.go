@@ -40,6 +40,8 @@ type Config struct {
 	State    string               // directory; "" is below the world's
 	Spool    string               // directory; "" is below the world's
 
+	Warm int // boxes of each class that are ready before there is a job
+
 	// Providers and Sandbox are more of these sections of agent.yaml, lines
 	// that are indented by two.
 	Providers, Sandbox string
@@ -89,6 +91,9 @@ func New(tb testing.TB, c Config) *World {
 		for up := dir; up != os.TempDir() && up != "/"; up = filepath.Dir(up) { // git does not run as root
 			Must(tb, os.Chmod(up, 0o755))
 		}
+	}
+	if c.Warm > 0 {
+		agent += fmt.Sprintf("warm: {boxes: %d}\n", c.Warm)
 	}
 	if w.Database != nil {
 		agent += fmt.Sprintf("issuers:\n  db: {type: postgres, host: 127.0.0.1, port: %d, database: postgres, user: postgres, password_file: db.pass, sslmode: disable, job_host: db.test}\n", w.Database.Port())

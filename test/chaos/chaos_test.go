@@ -98,11 +98,12 @@ func seed(t *testing.T) uint64 {
 	return s
 }
 
-// world is an agent with a database, which has had one job of each kind, so that
-// what an agent makes once for all of its jobs is there.
+// world is an agent with a database, and with warm boxes for some of its jobs. It
+// has had one job of each kind, so that what an agent makes once for all of its
+// jobs is there.
 func world(t *testing.T) (*agenttest.World, []string) {
 	db := postgrestest.Start(t)
-	w := agenttest.New(t, agenttest.Config{Slots: slots, Policy: fmt.Sprintf(policy, db.Port()), Database: db})
+	w := agenttest.New(t, agenttest.Config{Slots: slots, Warm: slots / 2, Policy: fmt.Sprintf(policy, db.Port()), Database: db})
 	for _, sql := range []string{"create table runs (id text)", "grant usage on schema public to public"} {
 		_, err := agenttest.Query(t.Context(), w, sql)
 		agenttest.Must(t, err)
@@ -192,6 +193,9 @@ func checkEnd(t *testing.T, w *agenttest.World, kills int) {
 	t.Helper()
 	if out, code := w.Run(t, "jobs"); code != 0 || !strings.Contains(out, "nothing is owed") {
 		t.Errorf("mayfly jobs: %s (status %d), want nothing owed", out, code)
+	}
+	if out, code := w.Run(t, "audit", "show", "--action", "box.adopt"); code != 0 || !strings.Contains(out, "pool-") {
+		t.Errorf("mayfly audit show: %s (status %d), want jobs that adopted a warm box", out, code)
 	}
 	if out, code := w.Run(t, "audit", "verify"); code != 0 {
 		t.Errorf("mayfly audit verify after %d kills: %s (status %d)", kills, out, code)
