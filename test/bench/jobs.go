@@ -29,11 +29,10 @@ func latency(ctx context.Context, w *world, t *table) error {
 	if err != nil {
 		return err
 	}
-	warm, err := w.start("warm", capacity, "", fmt.Sprintf("warm: {boxes: %d}\n", warmBoxes))
+	warm, err := w.startWarm("warm", capacity)
 	if err != nil {
 		return err
 	}
-	warm.warm = warmBoxes // both workflows are of one class
 	f, err := newFloors(w)
 	if err != nil {
 		return err

@@ -15,18 +15,29 @@ import (
 )
 
 // fsyncs counts what the agent forces to the disk, with strace, around one job
-// at a time.
+// at a time, cold and warm.
 func fsyncs(ctx context.Context, w *world, t *table) error {
-	a, err := w.start("traced", 1, "")
+	cold, err := w.start("traced", 1, "")
 	if err != nil {
 		return err
 	}
+	warm, err := w.startWarm("traced-warm", 1)
+	if err != nil {
+		return err
+	}
+	return errors.Join(cold.fsyncs(ctx, t, "cold"), warm.fsyncs(ctx, t, "warm"))
+}
+
+func (a *agent) fsyncs(ctx context.Context, t *table, kind string) error {
 	if _, err := a.run(ctx, "lease.yml"); err != nil { // makes what is made once
 		return err
 	}
 	var before, all []float64
 	for n := range tracedJobs {
-		file := w.path("strace-" + strconv.Itoa(n))
+		if err := a.ready(ctx); err != nil {
+			return err
+		}
+		file := a.world.path(kind + "-strace-" + strconv.Itoa(n))
 		submitted := time.Now()
 		var job timing
 		err := traced(ctx, a.cmd.Process.Pid, file, func() (err error) {
@@ -48,7 +59,7 @@ func fsyncs(ctx context.Context, w *world, t *table) error {
 		}
 		before, all = append(before, float64(early)), append(all, float64(len(calls)))
 	}
-	t.most(3, "fsyncs before the first byte, one lease released by name", "calls", before...)
+	t.most(3, "fsyncs before the first byte, "+kind+", one lease released by name", "calls", before...)
 	t.info("  fsyncs until the job is reported", "calls", all...)
 	return a.stop()
 }

@@ -188,6 +188,16 @@ func (w *world) start(name string, slots int, base string, more ...string) (*age
 	return w.launch(state, config)
 }
 
+// startWarm starts one that has boxes ready; both rules of the policy are of one
+// class.
+func (w *world) startWarm(name string, slots int) (*agent, error) {
+	a, err := w.start(name, slots, "", fmt.Sprintf("warm: {boxes: %d}\n", warmBoxes))
+	if err == nil {
+		a.warm = warmBoxes
+	}
+	return a, err
+}
+
 // launch starts an agent that is configured.
 func (w *world) launch(state, config string) (*agent, error) {
 	a := &agent{world: w, state: state, ended: make(chan struct{})}
