@@ -14,18 +14,18 @@ import (
 func TestCloneCostsWhatChanged(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, nil)
-	repo := w.repository("big", 20, 1<<20)
+	repo := w.repository("big", 5, 1<<20)
 	sha := w.git(repo, "rev-parse", "HEAD")
 	dir, e := w.job(w.want("big", "branch", sha))
-	if e.Err != nil || !w.has(dir, sha) || e.Size < 20<<20 {
+	if e.Err != nil || !w.has(dir, sha) || e.Size < 5<<20 {
 		t.Fatalf("the first job: event %+v, has the commit %v", e, w.has(dir, sha))
 	}
 	w.everybodyReads(dir)
 	w.commit(repo, "new", 1000)
 	with, without := w.clone(dir, "big"), w.clone("", "big")
 	t.Logf("with the cache %d bytes, without %d", with, without)
-	if with > 50_000 || without < 20<<20 {
-		t.Errorf("with the cache %d bytes, without %d: want less than 50,000 and more than 20 MiB", with, without)
+	if with > 50_000 || without < 5<<20 {
+		t.Errorf("with the cache %d bytes, without %d: want less than 50,000 and more than 5 MiB", with, without)
 	}
 }
 

@@ -113,14 +113,14 @@ func TestMalformedObjects(t *testing.T) {
 // A repository that is larger than the cache may be ends where the room does.
 func TestTooLarge(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, func(c *gitcache.Config) { c.Size = 8 << 20 })
-	repo := w.repository("big", 1, 64<<20)
+	w := newWorld(t, func(c *gitcache.Config) { c.Size = 2 << 20 })
+	repo := w.repository("big", 1, 16<<20)
 	// Slowly enough for the size to be seen.
 	w.respond(func(rw http.ResponseWriter, r *http.Request) {
 		w.forward(&slowWriter{rw, r.Context().Done()}, r)
 	})
 	w.refused(w.want("big", "branch", w.git(repo, "rev-parse", "HEAD")), gitcache.ErrTooLarge.Error())
-	if size := diskUse(t, w.config.Dir); size > 4<<20 {
+	if size := diskUse(t, w.config.Dir); size > 1<<20 {
 		t.Errorf("%d bytes are left", size)
 	}
 }
@@ -128,7 +128,7 @@ func TestTooLarge(t *testing.T) {
 // A server that hangs, floods, or leads elsewhere costs its time and no more.
 func TestHostileServer(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, func(c *gitcache.Config) { c.Time = 3 * time.Second })
+	w := newWorld(t, func(c *gitcache.Config) { c.Time = 2 * time.Second })
 	repo := w.repository("one", 1, 1000)
 	want := w.want("one", "branch", w.git(repo, "rev-parse", "HEAD"))
 

@@ -11,7 +11,7 @@ import (
 
 // packs is how many packs a repository may have before they are made one. Each
 // is looked into for every object.
-const packs = 32
+const packs = 16
 
 // pack makes one pack of many if nobody reads the repository. Prepare ends it.
 func (c *Cache) pack(ctx context.Context, e *entry) {

@@ -108,8 +108,8 @@ func TestPack(t *testing.T) {
 		return len(found)
 	}
 	var lost string
-	for i := range 34 {
-		if i == 20 { // somebody takes a commit back
+	for i := range 18 {
+		if i == 10 { // somebody takes a commit back
 			lost = want.SHA
 			w.git(repo, "reset", "-q", "--hard", "HEAD^")
 		}
@@ -118,7 +118,7 @@ func TestPack(t *testing.T) {
 			t.Fatal(e.Err)
 		}
 	}
-	if n := packs(); n < 32 || !w.has(dir, lost) {
+	if n := packs(); n < 16 || !w.has(dir, lost) {
 		t.Errorf("%d packs while a box reads them, and the lost commit is there: %v; want all", n, w.has(dir, lost))
 	}
 	keep()
