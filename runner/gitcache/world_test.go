@@ -6,6 +6,8 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/cgi"
@@ -255,7 +257,7 @@ func (w *world) clone(dir, name string) int64 {
 // forward answers as git does, whatever else the server was told to do.
 func (w *world) forward(rw http.ResponseWriter, r *http.Request) {
 	(&cgi.Handler{
-		Path: "/usr/lib/git-core/git-http-backend", Dir: w.dir,
+		Path: "/usr/lib/git-core/git-http-backend", Dir: w.dir, Stderr: io.Discard, Logger: log.New(io.Discard, "", 0),
 		Env: []string{
 			"GIT_PROJECT_ROOT=" + w.dir, "GIT_HTTP_EXPORT_ALL=1", "GIT_CONFIG_COUNT=1", "GIT_CONFIG_KEY_0=safe.directory", "GIT_CONFIG_VALUE_0=*",
 			"GIT_PROTOCOL=" + r.Header.Get("Git-Protocol"),
