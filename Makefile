@@ -21,7 +21,7 @@ DEBIAN := bsdutils ca-certificates curl debconf e2fsprogs gcc git iproute2 libc6
 
 # And those of the tests of the runtimes over engines, which start daemons of
 # their own.
-ENGINE := busybox-static containerd debootstrap docker.io
+ENGINE := busybox-static containerd debootstrap docker.io docker-registry
 
 # Real servers that the tests and the benchmark run against, each a directory of
 # test/servers. They are built once and kept outside of the tree.

@@ -37,7 +37,8 @@ func table() []row {
 		{"sandbox/...", "sandbox creds sandbox/egress sandbox/netns sandbox/guest sandbox/wall", "a runtime builds boxes and their network, and knows neither jobs nor policy"},
 		{"sandbox/kernel", "sandbox", "what runtimes on one kernel share; it knows no runtime"},
 		{"sandbox/mountpoint", "", "linked into process 1"},
-		{"sandbox/native", "sandbox creds sandbox/egress sandbox/netns sandbox/guest sandbox/kernel sandbox/native/boxinit", "a runtime, and what it makes of the first process of a box"},
+		{"sandbox/native", "sandbox creds sandbox/egress sandbox/netns sandbox/guest sandbox/kernel sandbox/image sandbox/native/boxinit", "a runtime, and what it makes of the first process of a box"},
+		{"sandbox/image", "sandbox", "a store of images; it knows no runtime"},
 		{"sandbox/native/boxinit", "sandbox/netns sandbox/mountpoint", "linked into process 1 of a box, which is small and starts fast: not even the contract"},
 		{"sandbox/wall", "sandbox sandbox/egress", "looks at a box through both contracts, whatever made it"},
 		{"sandbox/engine", "sandbox sandbox/egress sandbox/netns sandbox/guest sandbox/guest/wire sandbox/kernel sandbox/mountpoint", "what runtimes over a container engine share; it meets the guest at an address that the protocol knows"},
@@ -80,7 +81,7 @@ func confinements() []confinement {
 		{"github.com/docker/docker", "sandbox/docker test/dockertest", "sandbox/docker test/...", "one runtime speaks to a Docker Engine"},
 		{"github.com/containerd/errdefs", "sandbox/docker sandbox/containerd test/containerdtest", "sandbox/docker sandbox/containerd", "what the errors of both clients are made of"},
 		{"github.com/containerd/errdefs/pkg", "sandbox/containerd", "", "what they are on the wire"},
-		{"github.com/containerd/containerd/v2", "sandbox/containerd test/containerdtest", "sandbox/containerd", "one runtime speaks to containerd"},
+		{"github.com/containerd/containerd/v2", "sandbox/containerd sandbox/image test/containerdtest", "sandbox/containerd", "one runtime speaks to containerd; its archive package applies layers"},
 		{"github.com/containerd/containerd/api", "sandbox/containerd test/containerdtest", "sandbox/containerd", "its messages about tasks, which the client wraps in more than a box needs"},
 		{"github.com/containerd/typeurl/v2", "sandbox/containerd", "sandbox/containerd", "how containerd carries a specification"},
 		{"github.com/containerd/log", "sandbox/containerd", "", "to silence it: implementations return errors and do not log"},
@@ -89,7 +90,8 @@ func confinements() []confinement {
 		{"github.com/opencontainers/go-digest", "sandbox/containerd", "sandbox/containerd", "digests, in that client's calls"},
 		{"github.com/opencontainers/image-spec", "sandbox/containerd", "sandbox/containerd", "manifests, in that client's calls"},
 		{"github.com/opencontainers/runtime-spec", "sandbox/containerd", "sandbox/containerd", "what an OCI runtime is told"},
-		{"github.com/google/go-containerregistry", "", "sandbox/containerd", "a registry for tests, and images to put there"},
+		{"github.com/google/go-containerregistry", "sandbox/image test/imagetest", "sandbox/... test/...", "one package reads images; tests make them, and a registry"},
+		{"github.com/klauspost/compress", "sandbox/image", "sandbox/image", "layers may be packed with zstd"},
 		{"github.com/jackc/pgx/v5", "creds/postgres test/...", "creds/postgres runner cmd/mayfly", "one issuer speaks PostgreSQL"},
 		{"github.com/rhysd/actionlint", "providers/workflow", "providers/workflow", "a parser with types of its own: they end at the package that uses it"},
 		{"go.yaml.in/yaml/v4", "configs/strict providers/workflow", "configs/strict", "one way to read YAML; providers/workflow counts aliases with it before it parses"},
@@ -100,7 +102,7 @@ func confinements() []confinement {
 		{"github.com/prometheus/client_golang", "runner/monitor", "", "one package shows metrics"},
 		{"github.com/rogpeppe/go-internal", "", "...", "test scripts"},
 		{"golang.org/x/net", "sandbox/egress/... sandbox/wall sandbox/native/... sandbox/netns/... test/...", "...", "DNS messages and packet filters"},
-		{"golang.org/x/sys", "sandbox/native/... sandbox/engine sandbox/containerd sandbox/kernel sandbox/mountpoint sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/gitcache runner/internal/... runner/monitor cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
+		{"golang.org/x/sys", "sandbox/native/... sandbox/engine sandbox/containerd sandbox/image sandbox/kernel sandbox/mountpoint sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/gitcache runner/internal/... runner/monitor cmd/... test/... providers/local", "...", "system calls; the contracts name none"},
 	}
 }
 
