@@ -162,6 +162,18 @@ func copyEtc(dir string) error {
 	})
 }
 
+// An ownEtc is what of /etc says who a box is and whom it asks for names.
+type ownEtc struct{ hosts, hostname, resolv string }
+
+func identity() ownEtc {
+	return ownEtc{
+		hosts: "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback " + boxinit.Host + "\n" +
+			egress.Self.String() + " " + boxinit.Host + "\n",
+		hostname: boxinit.Host + "\n",
+		resolv:   "nameserver " + egress.Resolver.String() + "\noptions timeout:5 attempts:2 ndots:1\n",
+	}
+}
+
 // synthesise writes what is the box's own.
 func synthesise(dir string) error {
 	users, shadow, err := accounts("/etc/passwd", 7)
@@ -172,18 +184,18 @@ func synthesise(dir string) error {
 	if err != nil {
 		return err
 	}
+	own := identity()
 	for name, file := range map[string]struct {
 		mode    os.FileMode
 		content string
 	}{
-		"passwd":  {0o644, users},
-		"group":   {0o644, groups},
-		"shadow":  {0o640, shadow},
-		"gshadow": {0o640, gshadow},
-		"hosts": {0o644, "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback " + boxinit.Host + "\n" +
-			egress.Self.String() + " " + boxinit.Host + "\n"},
-		"hostname":      {0o644, boxinit.Host + "\n"},
-		"resolv.conf":   {0o644, "nameserver " + egress.Resolver.String() + "\noptions timeout:5 attempts:2 ndots:1\n"},
+		"passwd":        {0o644, users},
+		"group":         {0o644, groups},
+		"shadow":        {0o640, shadow},
+		"gshadow":       {0o640, gshadow},
+		"hosts":         {0o644, own.hosts},
+		"hostname":      {0o644, own.hostname},
+		"resolv.conf":   {0o644, own.resolv},
 		"nsswitch.conf": {0o644, "passwd: files\ngroup: files\nshadow: files\ngshadow: files\nhosts: files dns\nnetworks: files\nprotocols: files\nservices: files\nethers: files\nrpc: files\n"},
 		"machine-id":    {0o444, "uninitialized\n"},
 		"fstab":         {0o644, ""},

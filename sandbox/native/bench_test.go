@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/test/imagetest"
 )
 
 // BenchmarkCreateDestroy makes, uses and destroys one box after the other. It
@@ -16,6 +17,28 @@ import (
 // the trace point that ends it; the fastest Create and Destroy, which other
 // work on the machine disturbs least; and the memory of the idle guest.
 func BenchmarkCreateDestroy(b *testing.B) {
+	createDestroy(b, func(*Runtime) sandbox.Spec { return sandbox.Spec{} })
+}
+
+// BenchmarkCreateDestroyImage is the same with boxes of an image of ten layers,
+// which is here already.
+func BenchmarkCreateDestroyImage(b *testing.B) {
+	layers := [][]byte{busyboxLayer(b)}
+	for i := range 9 {
+		layers = append(layers, imagetest.Layer(b, imagetest.File("count", strings.Repeat("x", i))))
+	}
+	archive := imagetest.Layout(b, imagetest.Of(b, layers...))
+	createDestroy(b, func(r *Runtime) sandbox.Spec {
+		img, err := r.Images().Import(b.Context(), archive, "test/image")
+		if err != nil {
+			b.Fatal(err)
+		}
+		return sandbox.Spec{Image: img.Ref}
+	})
+}
+
+func createDestroy(b *testing.B, spec func(r *Runtime) sandbox.Spec) {
+	b.Helper()
 	parts := map[string][]time.Duration{}
 	last := time.Now()
 	mark := func(point string) {
@@ -30,13 +53,14 @@ func BenchmarkCreateDestroy(b *testing.B) {
 	if _, err := r.Check(b.Context()); err != nil {
 		b.Fatal(err)
 	}
+	of := spec(r)
 	clear(parts)
 	var memory string
 	for i := 0; b.Loop(); i++ {
 		name := fmt.Sprintf("bench-%d", i)
 		last = time.Now()
 		began := last
-		s, err := r.Create(b.Context(), name, sandbox.Spec{})
+		s, err := r.Create(b.Context(), name, of)
 		if err != nil {
 			b.Fatal(err)
 		}

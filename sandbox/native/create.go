@@ -34,17 +34,16 @@ const (
 const namespaces = unix.CLONE_NEWUSER | unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET |
 	unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWCGROUP
 
-// Create implements sandbox.Runtime. Spec.Image must be empty: this runtime
-// gives the host's base. Each outside effect comes after the record of the box
-// and is named after it, so Destroy undoes a Create that ended anywhere.
+// Create implements sandbox.Runtime. Each outside effect comes after the record of
+// the box and is named after it, so Destroy undoes a Create that ended anywhere.
 func (r *Runtime) Create(ctx context.Context, name string, s sandbox.Spec) (sandbox.Sandbox, error) {
 	limits, err := kernel.Limits(s.Limits, r.cfg.Limits)
 	if err != nil {
 		return nil, fmt.Errorf("native: box %s: %w", name, err)
 	}
 	s.Limits = limits
-	if s.Image != "" {
-		return nil, fmt.Errorf("native: image %q: boxes have the host's base only: %w", s.Image, sandbox.ErrUnsupported)
+	if s.Image != "" && r.images == nil {
+		return nil, fmt.Errorf("native: image %s: %w", s.Image, errNoImages)
 	}
 	if s.Isolation != sandbox.Kernel {
 		return nil, fmt.Errorf("native: isolation %q: %w", s.Isolation, sandbox.ErrUnsupported)
@@ -124,10 +123,10 @@ func (r *Runtime) build(ctx context.Context, b *box, s sandbox.Spec, from base) 
 		return err
 	}
 	r.cfg.Trace("native.started")
-	setup, layers := r.plan(s, from.etc)
+	setup := r.plan(s, from.etc)
 	var fds []int
 	if !r.cfg.Unprivileged { // the guest boots meanwhile
-		fds, err = r.mounts(b, from, layers)
+		fds, err = r.mounts(ctx, b, from, s.Image, setup)
 		defer func() {
 			for _, fd := range fds {
 				_ = unix.Close(fd) // sent, or of no use
@@ -154,7 +153,10 @@ func (r *Runtime) build(ctx context.Context, b *box, s sandbox.Spec, from base) 
 
 // plan is the Setup of a box. An unprivileged box cannot change its base:
 // it has one user id, and none of the base's files is owned by it.
-func (r *Runtime) plan(s sandbox.Spec, etc string) (*boxinit.Setup, []boxinit.Layer) {
+func (r *Runtime) plan(s sandbox.Spec, etc string) *boxinit.Setup {
+	if s.Image != "" {
+		return r.planImage(s)
+	}
 	write := !r.cfg.Unprivileged
 	layers := []boxinit.Layer{{Path: "/usr", Source: "/usr", Write: write}, {Path: "/etc", Source: etc, Write: write}}
 	const packages = "/var/lib/dpkg"
@@ -164,9 +166,7 @@ func (r *Runtime) plan(s sandbox.Spec, etc string) (*boxinit.Setup, []boxinit.La
 	for _, p := range r.cfg.Base {
 		layers = append(layers, boxinit.Layer{Path: p, Source: p})
 	}
-	for _, m := range s.Mounts {
-		layers = append(layers, boxinit.Layer{Path: m.Target, Source: m.Source, Mount: true})
-	}
+	layers = append(layers, mountsOf(s)...)
 	setup := &boxinit.Setup{
 		Unprivileged: r.cfg.Unprivileged,
 		Layers:       layers,
@@ -178,10 +178,25 @@ func (r *Runtime) plan(s sandbox.Spec, etc string) (*boxinit.Setup, []boxinit.La
 		setup.DiskBytes, setup.DiskInodes = uint64(s.Limits.Disk), uint64(s.Limits.Inodes)+tmpfsInodes
 		setup.Processes = uint64(s.Limits.Pids)
 	}
-	if !s.Expires.IsZero() {
-		setup.Expires = uint64(max(s.Expires.Unix(), 1))
+	setup.Expires = expires(s)
+	return setup
+}
+
+// mountsOf are the directories of the host that a box sees beside its base.
+func mountsOf(s sandbox.Spec) []boxinit.Layer {
+	var layers []boxinit.Layer
+	for _, m := range s.Mounts {
+		layers = append(layers, boxinit.Layer{Path: m.Target, Source: m.Source, Mount: true})
 	}
-	return setup, layers
+	return layers
+}
+
+// expires is when the guest ends itself, in seconds; 0 is never.
+func expires(s sandbox.Spec) uint64 {
+	if s.Expires.IsZero() {
+		return 0
+	}
+	return uint64(max(s.Expires.Unix(), 1))
 }
 
 // start starts the guest in its namespaces and control groups.
@@ -245,8 +260,9 @@ func (r *Runtime) namespace(attr *syscall.SysProcAttr, first uint32) {
 	attr.GidMappingsEnableSetgroups = true
 }
 
-// mounts makes the disk and the layers, all mapped to the ids of the box.
-func (r *Runtime) mounts(b *box, from base, layers []boxinit.Layer) (fds []int, err error) {
+// mounts makes the disk and the layers, all mapped to the ids of the box, and says
+// in the setup how many of them are the image's.
+func (r *Runtime) mounts(ctx context.Context, b *box, from base, ref string, setup *boxinit.Setup) (fds []int, err error) {
 	ns, err := os.Open("/proc/" + strconv.Itoa(b.process.Pid) + "/ns/user")
 	if err != nil {
 		return nil, fmt.Errorf("user namespace: %w", err)
@@ -259,22 +275,43 @@ func (r *Runtime) mounts(b *box, from base, layers []boxinit.Layer) (fds []int, 
 	if err := kernel.IDMap(b.disk.Mount, 0, ns); err != nil {
 		return fds, fmt.Errorf("disk: %w", err)
 	}
-	for _, l := range layers {
-		if l.Mount {
-			fd, err := kernel.OpenMount(l.Source, ns)
-			if err != nil {
+	if ref != "" {
+		err := r.images.Layers(ctx, ref, func(dirs []string) (err error) {
+			setup.Image = uint64(len(dirs))
+			fds, err = lend(fds, dirs, ns)
+			return err
+		})
+		if err != nil {
+			return fds, err
+		}
+	}
+	for _, l := range setup.Layers {
+		if !l.Mount {
+			if fds, err = lend(fds, []string{l.Source}, ns); err != nil {
 				return fds, err
 			}
-			fds = append(fds, fd)
 			continue
 		}
-		fd, err := unix.OpenTree(unix.AT_FDCWD, l.Source, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+		fd, err := kernel.OpenMount(l.Source, ns)
 		if err != nil {
-			return fds, fmt.Errorf("layer %s: %w", l.Source, err)
+			return fds, err
+		}
+		fds = append(fds, fd)
+	}
+	return fds, nil
+}
+
+// lend adds a mount of each directory to fds, read-only and mapped to the ids of
+// a box.
+func lend(fds []int, dirs []string, ns *os.File) ([]int, error) {
+	for _, dir := range dirs {
+		fd, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+		if err != nil {
+			return fds, fmt.Errorf("layer %s: %w", dir, err)
 		}
 		fds = append(fds, fd)
 		if err := kernel.IDMap(fd, unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV, ns); err != nil {
-			return fds, fmt.Errorf("layer %s: %w", l.Source, err)
+			return fds, fmt.Errorf("layer %s: %w", dir, err)
 		}
 	}
 	return fds, nil

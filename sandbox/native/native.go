@@ -1,5 +1,5 @@
-// Package native runs boxes on the kernel alone: no daemon, no image, no
-// helper program on the way.
+// Package native runs boxes on the kernel alone: no daemon, no helper program on
+// the way, and an image only where one is asked for.
 //
 // A box is a process in namespaces of its own, the user namespace included,
 // whose ids no other box and nothing of the host has. It sees the host's
@@ -21,6 +21,10 @@
 // of mode 0600 included: they must hold no secrets. /usr/local/etc, where
 // package managers keep theirs, is empty in the box.
 //
+// A box may be made of an image instead (Spec.Image, [Runtime.Pull]): its layers,
+// id-mapped, read-only and shared with other boxes, are below the private disk,
+// and nothing of the host is in it but the guest program.
+//
 // Landlock is left out: the box has no file of the host in reach that the
 // mounts do not already deny, so a ruleset would repeat them.
 package native
@@ -39,6 +43,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/image"
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 	"github.com/mayfly-ci/mayfly/sandbox/native/boxinit"
 )
@@ -72,6 +77,9 @@ type Config struct {
 	// memory, 4096 processes, 2 cores, 10 GiB and a million files; 1 GiB of
 	// disk for an unprivileged runtime, where it is memory.
 	Limits sandbox.Limits
+	// Images says which images boxes may be made of beside the base, and where
+	// they come from. Its Dir, InUse and Trace are the runtime's.
+	Images image.Config
 	// Unprivileged accepts what an ordinary user cannot enforce.
 	Unprivileged bool
 	// Trace is called between outside effects, for crash tests.
@@ -89,6 +97,8 @@ type Runtime struct {
 
 	names kernel.Names // in work
 
+	images *image.Store // nil if unprivileged
+
 	mu    sync.Mutex
 	boxes map[string]*box // that this process made
 
@@ -97,7 +107,10 @@ type Runtime struct {
 	etcSeen time.Time  // when the host's was last looked at
 }
 
-var _ sandbox.Runtime = (*Runtime)(nil)
+var (
+	_ sandbox.Runtime = (*Runtime)(nil)
+	_ sandbox.Puller  = (*Runtime)(nil)
+)
 
 const (
 	// guestFD is where the child that becomes the guest has its program. It is
@@ -193,6 +206,9 @@ func New(cfg Config) (*Runtime, error) {
 		}
 		if r.groups, err = findHierarchy(info, cfg.groupParent()); err != nil {
 			return nil, fmt.Errorf("native: %w", err)
+		}
+		if err := r.openImages(); err != nil {
+			return nil, err
 		}
 	}
 	if r.guest, err = sealed(cfg.Guest); err != nil {

@@ -20,13 +20,14 @@ import (
 type record struct {
 	Labels  sandbox.Labels `json:"labels"`
 	Expires time.Time      `json:"expires"`
+	Image   string         `json:"image,omitempty"` // digest, which keeps it from being pruned
 }
 
 func (r *Runtime) dir(name string) string { return filepath.Join(r.cfg.StateDir, "boxes", name) }
 
 // record claims the name and writes down what the box will be.
 func (r *Runtime) record(name string, s sandbox.Spec) error {
-	b, err := json.Marshal(record{s.Labels, s.Expires})
+	b, err := json.Marshal(record{s.Labels, s.Expires, s.Image})
 	if err != nil {
 		return fmt.Errorf("native: box %s: record: %w", name, err)
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox/guest"
 	"github.com/mayfly-ci/mayfly/sandbox/native"
 	"github.com/mayfly-ci/mayfly/sandbox/sandboxtest"
+	"github.com/mayfly-ci/mayfly/test/dockertest"
 )
 
 // The environment of a process that the tests start from their own binary.
@@ -147,6 +148,30 @@ func TestNative(t *testing.T) {
 		state = t.TempDir()
 	}
 	h := harness(t, state)
+	sandboxtest.Run(t, func(*testing.T) sandboxtest.Harness { return h })
+}
+
+// TestNativeImage: and so it does over an image, which "docker save" wrote.
+func TestNativeImage(t *testing.T) {
+	if os.Getenv(userEnv) != "" {
+		return
+	}
+	t.Parallel()
+	needRoot(t)
+	archive := filepath.Join(t.TempDir(), "debian.tar")
+	f, err := os.Create(archive)
+	if err == nil {
+		err = errors.Join(dockertest.Start(t).Save(t.Context(), f, dockertest.Debian), f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := harness(t, t.TempDir())
+	img, err := h.Runtime.(*native.Runtime).Images().Import(t.Context(), archive, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.Image = img.Ref
 	sandboxtest.Run(t, func(*testing.T) sandboxtest.Harness { return h })
 }
 

@@ -20,7 +20,7 @@ import (
 )
 
 // A Harness is a runtime and what the suite needs to judge it. All fields but
-// Unenforced are required.
+// Unenforced and Image are required.
 type Harness struct {
 	Runtime sandbox.Runtime
 	Owner   string // installation id that the runtime was made with
@@ -34,6 +34,9 @@ type Harness struct {
 	// Unenforced names the claims that do not hold on this machine. Check must
 	// say exactly that, and clauses that need one of them are not judged.
 	Unenforced []string
+
+	// Image is what the boxes are made of, as Pull called its Ref; "" is the base.
+	Image string
 
 	// Probe is the program that BuildProbe returns.
 	Probe []byte
@@ -111,7 +114,7 @@ type box struct {
 func (h Harness) spec(l sandbox.Limits) sandbox.Spec {
 	return sandbox.Spec{
 		Labels: sandbox.Labels{Owner: h.Owner, Job: "job-1", Generation: 7},
-		Limits: l, Expires: time.Now().Add(10 * time.Minute),
+		Image:  h.Image, Limits: l, Expires: time.Now().Add(10 * time.Minute),
 	}
 }
 

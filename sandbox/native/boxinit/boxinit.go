@@ -89,7 +89,7 @@ func build() (*Setup, error) {
 // receive waits for the Setup and its descriptors.
 func receive() (*Setup, []int, error) {
 	b := make([]byte, MaxMessage)
-	oob := make([]byte, unix.CmsgSpace(4*(Dirs+Mounts+1)))
+	oob := make([]byte, unix.CmsgSpace(4*(Dirs+Mounts+MaxImage+1)))
 	n, oobn, _, _, err := unix.Recvmsg(SetupFD, b, oob, unix.MSG_CMSG_CLOEXEC)
 	if err != nil {
 		return nil, nil, fmt.Errorf("setup socket: %w", err)

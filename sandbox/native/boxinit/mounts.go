@@ -37,7 +37,7 @@ func (b *builder) filesystem() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("mounts private: %w", err)
 	}
-	for _, step := range []func() error{b.disk, b.layers, b.hide, b.proc, b.dev, b.tmpfs, b.mounts, enter} {
+	for _, step := range []func() error{b.disk, b.root, b.layers, b.hide, b.proc, b.dev, b.tmpfs, b.mounts, enter, b.furnish} {
 		if err := step(); err != nil {
 			return err
 		}
@@ -50,8 +50,7 @@ func (b *builder) filesystem() error {
 	return nil
 }
 
-// disk mounts the box's disk at stage and its root on itself, because
-// pivot_root wants a mount point.
+// disk mounts the box's disk at stage.
 func (b *builder) disk() error {
 	if b.Unprivileged {
 		if err := b.memoryDisk(); err != nil {
@@ -60,7 +59,7 @@ func (b *builder) disk() error {
 	} else if err := attach(b.fds[0], stage); err != nil {
 		return fmt.Errorf("disk: %w", err)
 	}
-	return mount(newRoot, newRoot, "", unix.MS_BIND, "")
+	return nil
 }
 
 // memoryDisk makes a tmpfs the disk. The layers are cloned first, since stage
@@ -104,7 +103,7 @@ func (b *builder) mounts() error {
 func (b *builder) layers() error {
 	fds := b.fds
 	if !b.Unprivileged {
-		fds = fds[1:]
+		fds = fds[1+b.Image:]
 	}
 	if len(fds) != len(b.Layers) {
 		return fmt.Errorf("layers: got %d descriptors for %d layers", len(fds), len(b.Layers))
@@ -114,7 +113,7 @@ func (b *builder) layers() error {
 			continue
 		}
 		target := newRoot + path.Clean(l.Path)
-		if err := os.MkdirAll(target, 0o755); err != nil {
+		if err := b.place(path.Clean(l.Path)); err != nil {
 			return fmt.Errorf("layer %s: %w", l.Path, err)
 		}
 		if !l.Write {

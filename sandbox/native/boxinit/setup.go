@@ -20,12 +20,19 @@ const Dirs = 16
 // Mounts is how many directories of the host a box may see beside its layers.
 const Mounts = 4
 
+// MaxImage is how many layers the image of a box may have. A message carries at
+// most 253 descriptors (SCM_MAX_FD).
+const MaxImage = 128
+
+// MaxFiles is how many files of its own a box may be given.
+const MaxFiles = 8
+
 // MaxMessage bounds an encoded Setup and the answer, in bytes.
 const MaxMessage = 64 << 10
 
 // A Setup tells the guest how to make its box. The descriptors that come with
-// it are the disk and then one mount per layer, in order; an unprivileged box
-// gets none and makes its own.
+// it are the disk, the layers of its image, the top one first, and then one mount
+// per layer, in order; an unprivileged box gets none and makes its own.
 type Setup struct {
 	Unprivileged bool
 	Layers       []Layer
@@ -38,7 +45,12 @@ type Setup struct {
 	Files        uint64   // RLIMIT_NOFILE
 	Expires      uint64   // Unix seconds; 0 is never
 	Filter       []byte   // struct sock_filter array
+	Image        uint64   // layers of the image that is the root of the box; 0 is no image
+	Etc          []File   // of /etc, in place of those of the image
 }
+
+// A File is one that the box has, of mode 0644.
+type File struct{ Name, Content string }
 
 // A Layer is a directory of the host that the box has at Path.
 type Layer struct {
@@ -52,13 +64,16 @@ var errMessage = errors.New("setup message is malformed")
 
 // Encode is the Setup as bytes.
 func (s *Setup) Encode() []byte {
-	b := []byte{flag(s.Unprivileged), byte(len(s.Layers)), byte(len(s.Hide))}
+	b := []byte{flag(s.Unprivileged), byte(len(s.Layers)), byte(len(s.Hide)), byte(len(s.Etc))}
 	for _, l := range s.Layers {
 		b = append(b, flag(l.Write), flag(l.Mount))
 		b = text(text(b, l.Path), l.Source)
 	}
 	for _, h := range s.Hide {
 		b = text(b, h)
+	}
+	for _, f := range s.Etc {
+		b = text(text(b, f.Name), f.Content)
 	}
 	for _, n := range s.numbers() {
 		b = binary.LittleEndian.AppendUint64(b, *n)
@@ -70,8 +85,8 @@ func (s *Setup) Encode() []byte {
 func Decode(b []byte) (*Setup, error) {
 	r := reader{b: b}
 	s := &Setup{Unprivileged: r.byte() == 1}
-	layers, hide := int(r.byte()), int(r.byte())
-	if layers > Dirs+Mounts || hide > Dirs {
+	layers, hide, etc := int(r.byte()), int(r.byte()), int(r.byte())
+	if layers > Dirs+Mounts || hide > Dirs || etc > MaxFiles {
 		return nil, errMessage
 	}
 	for range layers {
@@ -81,18 +96,21 @@ func Decode(b []byte) (*Setup, error) {
 	for range hide {
 		s.Hide = append(s.Hide, r.text())
 	}
+	for range etc {
+		s.Etc = append(s.Etc, File{Name: r.text(), Content: r.text()})
+	}
 	for _, n := range s.numbers() {
 		*n = r.uint64()
 	}
 	s.Filter = []byte(r.text())
-	if r.bad || len(r.b) != 0 {
+	if r.bad || len(r.b) != 0 || s.Image > MaxImage {
 		return nil, errMessage
 	}
 	return s, nil
 }
 
 func (s *Setup) numbers() []*uint64 {
-	return []*uint64{&s.RunBytes, &s.ShmBytes, &s.DiskBytes, &s.DiskInodes, &s.Processes, &s.Files, &s.Expires}
+	return []*uint64{&s.RunBytes, &s.ShmBytes, &s.DiskBytes, &s.DiskInodes, &s.Processes, &s.Files, &s.Expires, &s.Image}
 }
 
 func flag(b bool) byte {
