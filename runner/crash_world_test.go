@@ -50,6 +50,12 @@ rules:
       - {name: key, issuer: pg, step: deploy, ttl: 1m, files: {key: password}}
 `
 
+// crashPull has an image below that, and what it is pulled with.
+const crashPull = `      - {name: registry, issuer: pg}
+    image: registry.example/a/b:1
+    pull: registry
+`
+
 // The steps are words of the fake runtime and, on the real one, commands.
 const crashWorkflow = `on: push
 jobs:
@@ -156,6 +162,9 @@ func (s *scene) remove(t *testing.T) {
 // config is the agent of this world.
 func (s *scene) config(state *runner.State) (runner.Config, error) {
 	text := crashPolicy
+	if s.Kind == "fake" {
+		text += crashPull
+	}
 	if s.Kind == "kept" {
 		text += "    keep-on-failure: 1h\n"
 	}

@@ -22,16 +22,23 @@ const (
 	secretsDir = sandbox.Run + "/secrets"
 )
 
-// basePath is PATH at the start of a job: Debian's, and where Go installs
-// itself, which a login shell would add.
+// basePath is PATH at the start of a job whose image says nothing: Debian's, and
+// where Go installs itself, which a login shell would add.
 const basePath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/go/bin"
 
-// environment is all of the environment of a step: what is there for every
-// step, the job's own and what steps added, the step's and that of the actions
-// around it, what GitHub lets nobody change, and what the policy grants.
+// environment is all of the environment of a step: what the image of the box
+// sets, what is there for every step, the job's own and what steps added, the
+// step's and that of the actions around it, what GitHub lets nobody change, and
+// what the policy grants.
 func (s *steps) environment(step *current) []string {
-	env := map[string]string{"CI": "true", "HOME": "/root", "USER": "root", "LANG": "C.UTF-8", "TMPDIR": tempDir}
-	env["PATH"] = strings.Join(append(slices.Clone(s.path), basePath), ":")
+	env := map[string]string{"LANG": "C.UTF-8", "PATH": basePath}
+	for _, kv := range s.image.Env {
+		if k, v, ok := strings.Cut(kv, "="); ok && k != "" && !strings.Contains(kv, "\x00") {
+			env[k] = v
+		}
+	}
+	maps.Copy(env, map[string]string{"CI": "true", "HOME": "/root", "USER": "root", "TMPDIR": tempDir})
+	env["PATH"] = strings.Join(append(slices.Clone(s.path), env["PATH"]), ":")
 	if len(s.mounts) > 0 {
 		env[gitcache.TemplateVar] = gitcache.TemplateDir
 	}

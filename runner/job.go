@@ -60,6 +60,9 @@ func (l *life) admit(ctx context.Context) (policy.Plan, error) {
 	if _, ok := l.cfg.Runtimes[plan.Runtime]; err == nil && !ok {
 		err = fmt.Errorf("%w: %s: runtime %q is not configured on this agent", policy.ErrDenied, plan.Rule, plan.Runtime)
 	}
+	if _, ok := l.cfg.Runtimes[plan.Runtime].(sandbox.Puller); err == nil && plan.Image != "" && !ok {
+		err = fmt.Errorf("%w: %s: image %s: boxes of runtime %q are made of no image", policy.ErrDenied, plan.Rule, plan.Image, plan.Runtime)
+	}
 	s := l.job.Subject
 	err = errors.Join(err, l.audit(ctx, l.log.Job, "job.admit", s.Job, err,
 		"provider", s.Provider, "repository", s.Repository, "ref", s.Ref, "sha", s.SHA, "workflow", s.Workflow,
@@ -101,10 +104,10 @@ func (l *life) queue(ctx context.Context) error {
 	return err
 }
 
-// spec is the box of the plan.
-func (l *life) spec(plan policy.Plan, deadline time.Time) sandbox.Spec {
+// spec is the box of the plan, made of what its image turned out to be.
+func (l *life) spec(plan policy.Plan, img sandbox.Image, deadline time.Time) sandbox.Spec {
 	s := specOf(plan)
-	s.Mounts = l.mounts
+	s.Image, s.Mounts = img.Ref, l.mounts
 	s.Labels = sandbox.Labels{Owner: l.state.Owner, Job: l.log.Job, Generation: l.state.Generation}
 	s.Expires = l.expires(plan, deadline)
 	return s

@@ -19,6 +19,7 @@ import (
 //
 //	claim ─┬─ admit (policy; holds nothing), and its repository's turn
 //	       ├─ plan intent: the names of all that follows, in one write
+//	       ├─ pull of the image, with a lease of its own
 //	       └─ gateway ─┬
 //	                   └─ box ── attach, attest ─┬      (a warm one: pool.go)
 //	                                             └─ leases ─┬
@@ -119,8 +120,13 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 	}
 	l.clock.mark("intend")
 
+	img, err := l.pullOwn(ctx, plan, deadline)
+	if err != nil {
+		return providers.Result{}, err
+	}
+
 	gateway := gatewayName(l.log.Job)
-	_, err := hold(ctx, l, gateway, func(ctx context.Context) (none, grip, error) {
+	_, err = hold(ctx, l, gateway, func(ctx context.Context) (none, grip, error) {
 		rules := egress.Rules{Allow: stepRules(plan, "")}
 		return none{}, grip{}, l.cfg.Gateway.Open(ctx, gateway, egress.Opening{Rules: rules, Ledger: l.ledger})
 	})
@@ -128,7 +134,7 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 		return providers.Result{}, err
 	}
 
-	spec := l.spec(plan, deadline)
+	spec := l.spec(plan, img, deadline)
 	l.cold = !l.warm.fits(plan.Runtime, spec)
 	box, err := hold(ctx, l, l.box(), func(ctx context.Context) (sandbox.Sandbox, grip, error) {
 		box, err := l.makeBox(ctx, plan.Runtime, spec)
@@ -150,7 +156,7 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 	}
 	l.clock.mark("attest")
 
-	l.steps = newSteps(l, box, plan, deadline)
+	l.steps = newSteps(l, box, img, plan, deadline)
 	if err := l.steps.issue(ctx, ""); err != nil {
 		return providers.Result{}, err
 	}
@@ -161,10 +167,9 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 // debts names all that the plan will acquire, in the order of acquisition.
 func (l *life) debts(plan policy.Plan) []journal.Debt {
 	job := l.log.Job
-	ds := []journal.Debt{
-		{Kind: kindGateway, Name: gatewayName(job)},
-		{Kind: kindBox, Name: boxName(job), By: plan.Runtime},
-	}
+	ds := l.pullDebts(plan)
+	ds = append(ds, journal.Debt{Kind: kindGateway, Name: gatewayName(job)},
+		journal.Debt{Kind: kindBox, Name: boxName(job), By: plan.Runtime})
 	if l.warm != nil {
 		ds = append(ds, journal.Debt{Kind: kindBox, Name: l.warm.name, By: plan.Runtime})
 	}

@@ -27,7 +27,8 @@ const cancelGrace = 5 * time.Minute
 // steps runs the steps of one job in its box.
 type steps struct {
 	*life
-	box      sandbox.Sandbox
+	box      sandbox.Sandbox // nil while its image is pulled
+	image    sandbox.Image   // of the box
 	plan     policy.Plan
 	deadline time.Time
 
@@ -43,9 +44,9 @@ type steps struct {
 	graceEnds time.Time // of the steps that run after the provider cancelled the job; zero before
 }
 
-func newSteps(l *life, box sandbox.Sandbox, plan policy.Plan, deadline time.Time) *steps {
+func newSteps(l *life, box sandbox.Sandbox, img sandbox.Image, plan policy.Plan, deadline time.Time) *steps {
 	root := &frame{steps: l.job.Steps, done: map[string]any{}, status: providers.Success}
-	return &steps{life: l, box: box, plan: plan, deadline: deadline, env: map[string]string{}, root: root}
+	return &steps{life: l, box: box, image: img, plan: plan, deadline: deadline, env: map[string]string{}, root: root}
 }
 
 // run runs the job's steps in order and returns how the job ended.

@@ -75,7 +75,7 @@ func absent(plan Plan, j providers.Job) []string {
 	var steps []string
 	add := func(step string) {
 		has := slices.ContainsFunc(j.Steps, func(s providers.Step) bool { return s.ID == step })
-		if step != "" && !has && !slices.Contains(steps, step) {
+		if step != "" && step != PullStep && !has && !slices.Contains(steps, step) {
 			steps = append(steps, step)
 		}
 	}

@@ -27,6 +27,7 @@ type ruleNode struct {
 	Match   match        `yaml:"match,required"`
 	Runtime runtime      `yaml:"runtime"`
 	Image   image        `yaml:"image"`
+	Pull    leaseName    `yaml:"pull"`
 	Timeout span         `yaml:"timeout"`
 	Limits  limitsNode   `yaml:"limits"`
 	Egress  []egressNode `yaml:"egress"`
@@ -108,7 +109,7 @@ func decode(src []byte, file string) ([]rule, error) {
 // rule turns one rule of the file into what Decide uses.
 func (n ruleNode) rule() (rule, error) {
 	r := rule{match: n.Match, plan: n.basics()}
-	errs := []error{n.checkTTL(), overlaps(n.Egress, egressKeys), overlaps(n.Leases, leaseKeys)}
+	errs := []error{n.checkTTL(), n.checkPull(), overlaps(n.Egress, egressKeys), overlaps(n.Leases, leaseKeys)}
 	for _, e := range n.Egress {
 		errs = append(errs, e.check())
 		r.plan.Egress = append(r.plan.Egress, e.egress())
@@ -120,10 +121,36 @@ func (n ruleNode) rule() (rule, error) {
 		}
 		names[l.Name] = true
 		lease, err := l.lease()
-		errs = append(errs, err, l.check())
+		if errs = append(errs, err); l.Name == n.Pull && n.Pull != "" {
+			lease.Step = PullStep
+		} else {
+			errs = append(errs, l.check())
+		}
 		r.plan.Leases = append(r.plan.Leases, lease)
 	}
 	return r, strict.Join(errs...)
+}
+
+// checkPull holds the lease of a pull to what it is for: the registry gets it,
+// and nobody else.
+func (n ruleNode) checkPull() error {
+	at := n.Self.At("pull")
+	if n.Self.Get("pull").IsZero() || n.Pull == "" {
+		return nil
+	}
+	if n.Self.Get("image").IsZero() {
+		return at.Errorf("no image to pull: add image, or remove pull")
+	}
+	for _, l := range n.Leases {
+		switch {
+		case l.Name != n.Pull:
+		case len(l.Env) > 0 || len(l.Files) > 0 || l.Step != "":
+			return l.Self.Errorf("lease %s is what the image is pulled with, and no step may see it: remove step, env and files", l.Name)
+		default:
+			return nil
+		}
+	}
+	return at.Errorf("lease %s is not among the leases of this rule", n.Pull)
 }
 
 func (n ruleNode) checkTTL() error {
@@ -203,6 +230,7 @@ func (n ruleNode) basics() Plan {
 		Rule:     at(n.Self) + " " + string(n.Name),
 		Runtime:  orDefault(string(n.Runtime), defaultRuntime),
 		Image:    string(n.Image),
+		Pull:     string(n.Pull),
 		Timeout:  orDefault(time.Duration(n.Timeout), DefaultTimeout),
 		Keep:     time.Duration(n.Keep),
 		LogBytes: orDefault(int64(n.Limits.Log), DefaultLogBytes),

@@ -33,6 +33,7 @@ type Plan struct {
 	Digest  string         `json:"digest"`          // of the policy file
 	Runtime string         `json:"runtime"`         // name in the agent's configuration, "native" if the rule has none
 	Image   string         `json:"image,omitempty"` // of the box; "" is the runtime's own
+	Pull    string         `json:"pull,omitempty"`  // lease that the image is pulled with; "" is anonymously
 	Timeout time.Duration  `json:"timeout"`         // nanoseconds, never 0
 	Limits  sandbox.Limits `json:"limits"`          // zero fields are the runtime's defaults
 	// Keep is how long the box of a failed job is kept; 0 is not at all.
@@ -54,8 +55,8 @@ type Egress struct {
 type Lease struct {
 	Name   string `json:"name"`   // [a-z][a-z0-9-]{0,15}, unique in the plan
 	Issuer string `json:"issuer"` // name in the agent's configuration
-	// Step is the id of the step that holds it, "" for the whole job. For a
-	// job without that step nothing is minted.
+	// Step is the id of the step that holds it, "" for the whole job, or
+	// PullStep. For a job without that step nothing is minted.
 	Step  string          `json:"step,omitempty"`
 	TTL   time.Duration   `json:"ttl"`             // nanoseconds, at most the plan's Timeout
 	Scope json.RawMessage `json:"scope,omitempty"` // the YAML section as JSON, nil if there is none
@@ -65,6 +66,11 @@ type Lease struct {
 	// Files says which file below /run/mayfly/secrets gets which value or fact.
 	Files map[string]string `json:"files,omitempty"`
 }
+
+// PullStep stands in the place of a step for a lease that an image is pulled
+// with: it is held before there is a box, released when the pull is over, and no
+// step has that id.
+const PullStep = "(pull)"
 
 // What a rule gets that does not say otherwise.
 const (

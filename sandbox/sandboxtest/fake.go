@@ -10,6 +10,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -45,8 +46,9 @@ import (
 type Fake struct {
 	Dir   string
 	Trace func(point string) // called between effects; nil is none
-	// Fail, if set, is asked before each call ("create", "destroy", "list",
-	// "run", "probe", and "alone" for a process that is to be) and its error returned.
+	// Fail, if set, is asked before each call ("pull", "create", "destroy",
+	// "list", "run", "probe", and "alone" for a process that is to be) and its
+	// error returned.
 	Fail func(call, name string) error
 
 	mu sync.Mutex
@@ -63,6 +65,17 @@ func (f *Fake) fail(call, name string) error {
 		return nil
 	}
 	return f.Fail(call, name)
+}
+
+// Pull knows every image: its digest is that of its name.
+func (f *Fake) Pull(ctx context.Context, p sandbox.Pull) (sandbox.Image, error) {
+	if err := errors.Join(ctx.Err(), f.fail("pull", p.Image)); err != nil {
+		return sandbox.Image{}, err
+	}
+	f.here("fake.image.asked")
+	digest := fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(p.Image)))
+	f.here("fake.image.pulled")
+	return sandbox.Image{Ref: digest, Digest: digest, Size: 7, Env: []string{"PATH=/image/bin", "OF_IMAGE=yes", "OF_JOB=image", "HOME=/image"}}, nil
 }
 
 // Create makes the directory of the box.
