@@ -148,6 +148,40 @@ func exampleEngine(t *testing.T, runtime string) (own ownEngine) {
 	return own
 }
 
+func TestExampleImages(t *testing.T) {
+	t.Parallel()
+	c, err := Load("agent-images.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var own struct {
+		Images struct {
+			Pull      string            `yaml:"pull"`
+			From      []string          `yaml:"from"`
+			Sources   map[string]string `yaml:"sources"`
+			MaxBytes  string            `yaml:"max_bytes"`
+			MaxFiles  int               `yaml:"max_files"`
+			KeepBytes string            `yaml:"keep_bytes"`
+			KeepAge   time.Duration     `yaml:"keep_age"`
+		} `yaml:"images"`
+	}
+	if err := c.Runtimes["native"].Decode(&own); err != nil || own.Images.Pull != "missing" || len(own.Images.From) != 2 || len(own.Images.Sources) != 1 {
+		t.Errorf("images: got %+v, %v", own, err)
+	}
+	src, err := os.ReadFile(c.Policy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := policy.Parse(src, c.Policy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	j := providers.Job{Subject: creds.Subject{Repository: "team/app"}, Trust: providers.TrustProtected}
+	if plan, err := p.Decide(j); err != nil || plan.Image == "" || plan.Pull != "registry" || len(plan.Leases) != 1 || plan.Leases[0].Step != policy.PullStep {
+		t.Errorf("team: got %+v, %v, want an image, and a lease to pull it with", plan, err)
+	}
+}
+
 func TestDefaults(t *testing.T) {
 	t.Parallel()
 	c, err := Parse([]byte("version: 1\npolicy: p.yaml\nproviders: {spool: {type: local}, other: }\n"), "/etc/mayfly/agent.yaml")

@@ -74,7 +74,7 @@ func (w *wiring) checkRules(rules *policy.Policy) error {
 		if !ok {
 			errs = append(errs, fmt.Errorf("%s: runtime %q is not in the configuration", p.Rule, p.Runtime))
 		} else if p.Image != "" && section.Type == "native" {
-			errs = append(errs, fmt.Errorf("%s: image %s: boxes of runtime %q have the host's base and no image", p.Rule, p.Image, p.Runtime))
+			errs = append(errs, checkImage(p, section))
 		}
 	}
 	for _, g := range rules.Grants() {
@@ -90,6 +90,21 @@ func (w *wiring) checkRules(rules *policy.Policy) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// checkImage looks whether boxes of a native runtime may be made of an image.
+func checkImage(p policy.Place, section configs.Section) error {
+	c, err := nativeConfig(section, false)
+	if err == nil && c.Unprivileged {
+		err = errors.New("boxes of an unprivileged runtime have the host's base and no image")
+	}
+	if err == nil {
+		err = c.Images.CheckName(p.Image)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: image %s: %w", p.Rule, p.Image, err)
+	}
+	return nil
 }
 
 // checkProvider makes no spool, as the agent would.
@@ -218,6 +233,9 @@ func explain(e policy.Explanation) string {
 func onlyIn(step string) string {
 	if step == "" {
 		return ""
+	}
+	if step == policy.PullStep {
+		return ", only to pull the image"
 	}
 	return ", only in step " + step
 }

@@ -110,6 +110,7 @@ func (w *wiring) examine() []finding {
 	var fs []finding
 	for _, name := range slices.Sorted(maps.Keys(w.agent.Runtimes)) {
 		fs = append(fs, w.examineRuntime(ctx, name, w.agent.Runtimes[name])...)
+		fs = append(fs, examineImages(ctx, name, w.agent.Runtimes[name])...)
 	}
 	for _, name := range slices.Sorted(maps.Keys(w.agent.Issuers)) {
 		ctx, cancel := context.WithTimeout(ctx, doctorTimeout)

@@ -39,6 +39,7 @@ func commands() []command {
 		{"shell", "ID [--config FILE] [-- COMMAND...]", "look around in the box of a failed job that is kept", runShell},
 		{"recover", "[--config FILE]", "release what a dead agent left", runRecover},
 		{"reap", "[--dry-run] [--config FILE]", "destroy what carries our label and no journal knows", runReap},
+		{"image", "pull NAME | import FILE [--name NAME] | list | prune | remove NAME [--runtime NAME] [--config FILE]", "the images that the agent keeps itself; an import needs no registry", runImage},
 		{"audit", "show | verify [--job ID] [--action NAME] [--expect HEAD] [--config FILE]", "read the record, or check that nobody changed it", runAudit},
 		{"version", "", "print the version", runVersion},
 	}

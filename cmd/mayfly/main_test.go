@@ -19,6 +19,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/test/containerdtest"
 	"github.com/mayfly-ci/mayfly/test/dockertest"
+	"github.com/mayfly-ci/mayfly/test/imagetest"
 	"github.com/mayfly-ci/mayfly/test/postgrestest"
 )
 
@@ -50,6 +51,7 @@ func TestScript(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"code": code, "eventually": eventually, "nobody": nobody, "flip": flip, "database": database,
 			"freeport": freeport, "canary": canary, "engine": startEngine, "containerd": startContainerd,
+			"archived": archived,
 		},
 	})
 }
@@ -190,6 +192,14 @@ func startContainerd(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	ts.Defer(func() { ts.Check(d.Close()) })
 	ts.Setenv("ENGINE", d.Address())
+}
+
+// archived FILE makes an archive of an image of busybox, as an OCI layout.
+func archived(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: archived FILE")
+	}
+	ts.Check(imagetest.BusyboxArchive(ts.MkAbs(args[0])))
 }
 
 // database starts a server: its port is in $PGPORT, and the administrator's

@@ -163,23 +163,6 @@ func runtimeConfig(section configs.Section, weak bool) (any, error) {
 	return nil, section.Errorf("type", "runtime %q: this agent has native, docker and containerd", section.Type)
 }
 
-func nativeConfig(section configs.Section, weak bool) (native.Config, error) {
-	var own struct {
-		Unprivileged *bool    `yaml:"unprivileged"`
-		FirstID      uint32   `yaml:"first_id"`
-		Cgroup       string   `yaml:"cgroup"`
-		Base         []string `yaml:"base"`
-		Hide         []string `yaml:"hide"`
-	}
-	if err := section.Decode(&own); err != nil {
-		return native.Config{}, err
-	}
-	if own.Unprivileged != nil {
-		weak = *own.Unprivileged
-	}
-	return native.Config{FirstID: own.FirstID, CgroupParent: own.Cgroup, Base: own.Base, Hide: own.Hide, Unprivileged: weak}, nil
-}
-
 func dockerConfig(section configs.Section) (docker.Config, error) {
 	var own struct {
 		Host    string `yaml:"host"`
