@@ -36,6 +36,11 @@ type Options struct {
 	// Expires is when Serve ends whatever the agent does. It is turned into a
 	// duration once, so that a clock that jumps does not move it. Zero is never.
 	Expires time.Time
+	// Direct refuses entries of archives behind links, also of those that do not
+	// leave the directory. It is for a kernel that follows a link in spite of
+	// O_NOFOLLOW if it is given O_DIRECTORY as well, as gVisor's does: what
+	// os.Root promises does not hold there.
+	Direct bool
 }
 
 // Serve says hello on conn and does what the agent asks until conn ends, which
@@ -49,6 +54,7 @@ func Serve(conn io.ReadWriteCloser, o Options) error {
 	}
 	defer starter.close()
 	g := newGuest(conn, "/", starter.start)
+	g.files.direct = o.Direct
 	if !o.Expires.IsZero() {
 		timer := time.AfterFunc(time.Until(o.Expires), func() { g.end(ErrExpired) })
 		defer timer.Stop()
@@ -59,7 +65,7 @@ func Serve(conn io.ReadWriteCloser, o Options) error {
 // A guest is the state of process 1.
 type guest struct {
 	conn     io.ReadWriteCloser
-	root     string // what the paths of transfers are below: "/"
+	files    tree
 	start    startFunc
 	children *children
 	tails    *tails
@@ -76,10 +82,16 @@ type guest struct {
 	probing  bool
 }
 
+// A tree is where the files of transfers are.
+type tree struct {
+	root   string // what their paths are below: "/"
+	direct bool   // Options.Direct
+}
+
 func newGuest(conn io.ReadWriteCloser, root string, start startFunc) *guest {
 	return &guest{
 		conn:     conn,
-		root:     root,
+		files:    tree{root: root},
 		start:    start,
 		children: newChildren(),
 		tails:    &tails{},

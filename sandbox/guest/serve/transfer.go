@@ -75,7 +75,7 @@ func codeOf(err error) (c wire.Code, message string) {
 
 // get sends a file.
 func (g *guest) get(x *transfer, name string, most uint64) {
-	f, size, err := openRegular(g.root, name)
+	f, size, err := openRegular(g.files.root, name)
 	if err != nil {
 		g.finish(nil, err)
 		return

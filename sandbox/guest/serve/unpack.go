@@ -25,12 +25,12 @@ const (
 // put unpacks what comes in below dir.
 func (g *guest) put(x *transfer, dir string) {
 	in := &incoming{guest: g, transfer: x, grant: wire.Grant}
-	root, err := openDirectory(g.root, dir)
+	root, err := openDirectory(g.files.root, dir)
 	if err == nil {
 		if g.scratch == nil {
 			g.scratch = make([]byte, scratchSize)
 		}
-		err = unpack(root, in, g.scratch)
+		err = unpack(&unpacker{root: root, scratch: g.scratch, direct: g.files.direct}, in)
 		err = errors.Join(err, root.Close())
 	}
 	g.finish(nil, err)
@@ -130,6 +130,7 @@ type unpacker struct {
 	root    *os.Root
 	scratch []byte
 	closed  []directory // made without ownerAccess: they get their mode at the end
+	direct  bool        // Options.Direct
 }
 
 type directory struct {
@@ -138,8 +139,7 @@ type directory struct {
 }
 
 // unpack reads a tar stream to its end, padding included.
-func unpack(root *os.Root, in io.Reader, scratch []byte) error {
-	u := unpacker{root: root, scratch: scratch}
+func unpack(u *unpacker, in io.Reader) error {
 	archive := tar.NewReader(in)
 	for {
 		header, err := archive.Next()
@@ -172,6 +172,9 @@ func (u *unpacker) entry(h *tar.Header, content io.Reader) error {
 	name := filepath.Clean(h.Name)
 	if h.Name == "" || !filepath.IsLocal(name) {
 		return refusal("leaves the directory")
+	}
+	if err := u.checkParents(name); err != nil {
+		return err
 	}
 	mode := fs.FileMode(h.Mode) & fs.ModePerm
 	if name == "." && h.Typeflag != tar.TypeDir {
@@ -269,6 +272,30 @@ func (u *unpacker) chmod(name string, mode fs.FileMode) error {
 		return err
 	}
 	return errors.Join(d.Chmod(mode), d.Close())
+}
+
+// checkParents refuses a name behind a link, where os.Root may not be relied on.
+// They are looked at from the top, so none of those looks goes through a link.
+func (u *unpacker) checkParents(name string) error {
+	if !u.direct {
+		return nil
+	}
+	for i := range len(name) {
+		if name[i] != '/' {
+			continue
+		}
+		info, err := u.root.Lstat(name[:i])
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // and nothing is below it
+		}
+		if err != nil {
+			return err
+		}
+		if !info.IsDir() {
+			return refusal("stands behind what is no directory")
+		}
+	}
+	return nil
 }
 
 // checkLink refuses a symbolic link that could lead out of the root. It must
