@@ -2,6 +2,7 @@
 // runtime puts it into the box and speaks to it (see sandbox/guest).
 //
 //	mayfly-guest serve [EXPIRES]    the stream is descriptor 3
+//	mayfly-guest enter [EXPIRES]    as serve, in a kernel of its own (gVisor)
 //	mayfly-guest box                makes the box of the native runtime, then serves
 //	mayfly-guest stdio [EXPIRES]    the stream is descriptors 0 and 1
 //	mayfly-guest listen [EXPIRES]   the stream is the first connection to it
@@ -41,6 +42,11 @@ func run(args []string) int {
 		err = boxinit.Run()
 	case "serve":
 		err = serve.OnDescriptor(3, o)
+	case "enter":
+		o.Direct = true
+		if err = boxinit.Enter(); err == nil {
+			err = serve.OnDescriptor(3, o)
+		}
 	case "stdio":
 		err = serve.OnStdio(o)
 	case "listen":
@@ -55,7 +61,7 @@ func run(args []string) int {
 }
 
 func usage() int {
-	return fail("usage: mayfly-guest box | serve|stdio|listen [EXPIRES]\n", 2)
+	return fail("usage: mayfly-guest box | serve|enter|stdio|listen [EXPIRES]\n", 2)
 }
 
 // fail prints what is wrong. If that cannot be printed there is nobody to read it.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"sync"
 
@@ -20,6 +21,11 @@ type box struct {
 	process *os.Process
 	dead    chan struct{} // closed when process 1 has been reaped, and everything of the box with it
 	disk    *kernel.Disk
+
+	// With a kernel of its own.
+	runsc     *os.File // the program, until the box is made
+	complaint *os.File // what it said
+	keeper    io.Closer
 
 	mu      sync.Mutex
 	sockets sandbox.Sockets // until Attach
@@ -49,7 +55,8 @@ func (b *box) Attach(context.Context) (sandbox.Sockets, error) {
 }
 
 // Run implements sandbox.Sandbox. Exit.OOM means that the kernel killed a
-// process of the box for its memory limit since the last Run.
+// process of the box for its memory limit since the last Run. Where that process
+// is the box's own kernel (gVisor) the box has died of it.
 func (b *box) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, error) {
 	exit, err := b.Client.Run(ctx, p)
 	if b.groups == nil {
@@ -62,6 +69,9 @@ func (b *box) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, error) 
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	exit.OOM, b.oom = n > b.oom, n
+	if exit.OOM && errors.Is(err, sandbox.ErrDied) {
+		err = fmt.Errorf("native: box %s: killed: out of memory: its limit was reached: %w", b.name, err)
+	}
 	return exit, err
 }
 
@@ -92,6 +102,10 @@ func (b *box) end(ctx context.Context) error {
 	var all error
 	if b.Client != nil {
 		all = b.Close()
+	}
+	if b.keeper != nil {
+		all = errors.Join(all, b.keeper.Close(), b.complaint.Close())
+		b.keeper = nil
 	}
 	s, err := b.Attach(ctx)
 	if err == nil {

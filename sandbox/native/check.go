@@ -17,35 +17,52 @@ import (
 const cleanup = 10 * time.Second
 
 // Check implements sandbox.Runtime. It makes a box, runs a program in it and
-// destroys it, so a runtime that passes has everything that Create needs, and
-// the base is ready for the first job.
-func (r *Runtime) Check(ctx context.Context) (claims []sandbox.Claim, err error) {
+// destroys it, with each wall that the configuration has. So a runtime that passes
+// has everything that Create needs, and the base is ready for the first job.
+func (r *Runtime) Check(ctx context.Context) ([]sandbox.Claim, error) {
+	for _, link := range []string{"/bin", "/sbin", "/lib"} {
+		if to, err := os.Readlink(link); err != nil || strings.TrimPrefix(to, "/") != "usr"+link {
+			return nil, fmt.Errorf("native: %s is not a link into /usr, and boxes have the host's /usr only: %w", link, sandbox.ErrUnsupported)
+		}
+	}
+	if _, err := r.try(ctx, sandbox.Kernel, "/bin/true"); err != nil {
+		return nil, err
+	}
+	claims := r.claims()
+	if r.cfg.GVisor.Runsc != "" {
+		claims = append(claims, r.checkGVisor(ctx))
+	}
+	return claims, nil
+}
+
+// try makes a box, runs a program in it for what it prints, and destroys it.
+func (r *Runtime) try(ctx context.Context, wall sandbox.Isolation, args ...string) (out string, err error) {
 	name := sandbox.CheckPrefix + strings.ToLower(rand.Text())
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
 		defer cancel()
 		err = errors.Join(err, r.Destroy(ctx, name))
 	}()
-	for _, link := range []string{"/bin", "/sbin", "/lib"} {
-		if to, err := os.Readlink(link); err != nil || strings.TrimPrefix(to, "/") != "usr"+link {
-			return nil, fmt.Errorf("native: %s is not a link into /usr, and boxes have the host's /usr only: %w", link, sandbox.ErrUnsupported)
-		}
-	}
 	b, err := r.Create(ctx, name, sandbox.Spec{
-		Labels:  sandbox.Labels{Owner: r.cfg.Owner},
-		Expires: time.Now().Add(time.Minute),
+		Labels:    sandbox.Labels{Owner: r.cfg.Owner},
+		Isolation: wall,
+		Expires:   time.Now().Add(time.Minute),
 	})
 	if err != nil {
-		return nil, err
+		return "", err
 	}
-	exit, err := b.Run(ctx, sandbox.Process{Args: []string{"/bin/true"}})
+	var said strings.Builder
+	exit, err := b.Run(ctx, sandbox.Process{Args: args, Stdout: func(_ time.Time, p []byte) error {
+		said.Write(p)
+		return nil
+	}})
 	if err != nil {
-		return nil, fmt.Errorf("native: check: %w", err)
+		return "", fmt.Errorf("native: check: %w", err)
 	}
 	if exit.Code != 0 {
-		return nil, fmt.Errorf("native: check: /bin/true ended with %d", exit.Code)
+		return "", fmt.Errorf("native: check: %s ended with %d", args[0], exit.Code)
 	}
-	return r.claims(), nil
+	return said.String(), nil
 }
 
 func (r *Runtime) claims() []sandbox.Claim {

@@ -45,12 +45,14 @@ func (r *Runtime) Create(ctx context.Context, name string, s sandbox.Spec) (sand
 	if s.Image != "" && r.images == nil {
 		return nil, fmt.Errorf("native: image %s: %w", s.Image, errNoImages)
 	}
-	if s.Isolation != sandbox.Kernel {
-		return nil, fmt.Errorf("native: isolation %q: %w", s.Isolation, sandbox.ErrUnsupported)
-	}
 	if err := kernel.CheckMounts(s.Mounts); err != nil {
 		return nil, fmt.Errorf("native: %w", err)
 	}
+	b, err := r.newBox(ctx, name, s.Isolation)
+	if err != nil {
+		return nil, fmt.Errorf("native: box %s: %w", name, err)
+	}
+	defer b.made()
 	base, err := r.base(ctx, s.Limits)
 	if err != nil {
 		return nil, fmt.Errorf("native: %w", err)
@@ -63,12 +65,11 @@ func (r *Runtime) Create(ctx context.Context, name string, s sandbox.Spec) (sand
 	if err := r.record(name, s); err != nil {
 		return nil, err
 	}
-	b := &box{name: name, groups: r.groups, dead: make(chan struct{})}
 	r.mu.Lock()
 	r.boxes[name] = b
 	r.mu.Unlock()
 	if err := r.build(ctx, b, s, base); err != nil {
-		return nil, fmt.Errorf("native: box %s: %w", name, errors.Join(err, b.kill()))
+		return nil, fmt.Errorf("native: box %s: %w", name, errors.Join(err, b.complained(), b.kill()))
 	}
 	return b, nil
 }
@@ -134,6 +135,10 @@ func (r *Runtime) build(ctx context.Context, b *box, s sandbox.Spec, from base) 
 		}()
 		r.cfg.Trace("native.disk")
 	}
+	if err == nil && b.runsc != nil {
+		setup.Platform = r.cfg.GVisor.Platform
+		setup.Bundle, err = bundle(setup.Expires, setup.Filter)
+	}
 	if err == nil {
 		err = far.send(setup.Encode(), fds)
 	}
@@ -148,6 +153,10 @@ func (r *Runtime) build(ctx context.Context, b *box, s sandbox.Spec, from base) 
 	b.sockets = sockets
 	r.cfg.Trace("native.ready")
 	b.Client, err = guest.New(ctx, far.control, guest.Config{})
+	if b.runsc != nil {
+		b.keeper = far.setup // whose end is the box's
+		return err
+	}
 	return errors.Join(err, far.setup.Close())
 }
 
@@ -206,7 +215,7 @@ func (r *Runtime) start(b *box, first uint32) (*sockets, error) {
 		return nil, err
 	}
 	// One slot for each descriptor, up to the program's own.
-	files := make([]*os.File, guestFD+1)
+	files := make([]*os.File, boxinit.RunscFD+1)
 	copy(files[boxinit.ControlFD:], guestEnds)
 	if r.cfg.Unprivileged {
 		life, err := r.lockLife(b.name)
@@ -219,10 +228,16 @@ func (r *Runtime) start(b *box, first uint32) (*sockets, error) {
 	if err != nil {
 		return nil, errors.Join(err, near.close(), closeAll(guestEnds))
 	}
-	files[0], files[1], files[2], files[guestFD] = null, null, null, r.guest
+	files[0], files[1], files[2], files[boxinit.GuestFD] = null, null, null, r.guest
+	if b.runsc != nil {
+		if b.complaint, err = newComplaint(); err != nil {
+			return nil, errors.Join(err, near.close(), closeAll(append(guestEnds, null)))
+		}
+		files[2], files[boxinit.RunscFD] = b.complaint, b.runsc
+	}
 	run := func(attr *syscall.SysProcAttr) error {
 		r.namespace(attr, first)
-		b.process, err = os.StartProcess("/proc/self/fd/"+strconv.Itoa(guestFD),
+		b.process, err = os.StartProcess("/proc/self/fd/"+strconv.Itoa(boxinit.GuestFD),
 			[]string{"mayfly-guest", "box"}, &os.ProcAttr{Dir: "/", Env: []string{}, Files: files, Sys: attr})
 		return err
 	}

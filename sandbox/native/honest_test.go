@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 
@@ -47,7 +48,12 @@ func TestHonestBuilds(t *testing.T) {
 	t.Parallel()
 	cfg := config(t)
 	cfg.Limits.Memory = 2 << 30
-	b := create(t, newRuntime(t, cfg), "box", sandbox.Spec{})
+	honest(t, create(t, newRuntime(t, cfg), "box", sandbox.Spec{}))
+}
+
+// honest runs what must work, but for what the kernel of the box cannot do.
+func honest(t *testing.T, b sandbox.Sandbox, cannot ...string) {
+	t.Helper()
 	refuse(t, b)
 	for _, c := range []struct{ name, script, want string }{
 		{"usr", `echo x > /usr/bin/new && echo y >> /usr/share/perl5/Debconf/Db.pm && rm -r /usr/share/doc/git && test ! -e /usr/share/doc/git && cat /usr/bin/new && tail -1 /usr/share/perl5/Debconf/Db.pm`, "x\ny"},
@@ -71,11 +77,15 @@ print(socket.create_connection(("127.0.0.1", 8080)).recv(10))'`, "served"},
 		{"shared memory", `/usr/bin/python3 -c 'from multiprocessing import Pool
 if __name__ == "__main__":
     with Pool(2) as p: print(p.map(abs, [-1, -2]))'`, "[1, 2]"},
-		{"fifo and links", `mkfifo p && ln -s a b && ln p c && ls -l p`, "prw"},
+		{"fifo and links", `mkfifo p && ln -s a b && echo x > f && ln f c && ls -l p`, "prw"},
+		{"hard link of a fifo", `mkfifo p && ln p c && ls -l c`, "prw"},
 		{"temporary files", `f=$(mktemp) && d=$(mktemp -d -p /var/tmp) && su nobody -s /bin/sh -c "touch /tmp/nobodys" && ls /tmp/nobodys`, "/tmp/nobodys"},
 		{"run", `echo s > /run/mayfly/secret && df --output=fstype /run/mayfly`, "tmpfs"},
 		{"base", `head -c 0 /etc/os-release && openssl version && ls /etc/ssl/certs/ca-certificates.crt && dpkg -l gcc | grep -c ^ii`, "\n1\n"},
 	} {
+		if slices.Contains(cannot, c.name) {
+			continue
+		}
 		t.Run(c.name, func(t *testing.T) {
 			out, exit := script(t, b, "cd $(mktemp -d -p /workspace) && set -e; "+c.script)
 			if exit.Code != 0 || !strings.Contains(out, c.want) {

@@ -145,12 +145,14 @@ func points() []string {
 
 // An agent is killed at every point between two effects. What runs ends by
 // itself, and Destroy in another process removes the rest.
-func TestKilledAgent(t *testing.T) {
+func TestKilledAgent(t *testing.T) { killedAgents(t, "") }
+
+func killedAgents(t *testing.T, role string) {
 	needRoot(t)
 	for _, point := range points() {
 		t.Run(point, func(t *testing.T) {
 			cfg := config(t)
-			state, out := agent(t, point, cfg.StateDir, nil)
+			state, out := agent(t, role+point, cfg.StateDir, nil)
 			if !signalled(state) {
 				t.Fatalf("the agent ended with %v, want killed at %s: %s", state, point, out)
 			}

@@ -20,10 +20,14 @@ import (
 
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
+	"github.com/mayfly-ci/mayfly/test/servertest"
 )
 
 // childEnv tells the test binary to play an agent (see child).
 const childEnv = "MAYFLY_NATIVE_CHILD"
+
+// runscEnv is where gVisor's runsc lies.
+const runscEnv = "MAYFLY_NATIVE_RUNSC"
 
 // patience bounds every wait of a test.
 const patience = 3 * time.Minute
@@ -35,6 +39,11 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 		os.Exit(0)
+	}
+	runsc, err := servertest.Runsc(context.Background())
+	if err := errors.Join(err, os.Setenv(runscEnv, runsc)); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
 	}
 	code := m.Run()
 	for _, d := range cgroupTrees() {
@@ -103,7 +112,7 @@ func config(t testing.TB) Config {
 		t.Fatal(err)
 	}
 	return Config{
-		StateDir: t.TempDir(), Owner: "test", Guest: g, CgroupParent: testParent(os.Getpid()),
+		StateDir: t.TempDir(), Owner: "test", Guest: g, CgroupParent: testParent(os.Getpid()), GVisor: GVisor{Runsc: os.Getenv(runscEnv)},
 		Limits: sandbox.Limits{Memory: 1 << 30, Pids: 512, MilliCPU: 2000, Disk: 2 << 30, Inodes: 200_000},
 	}
 }
@@ -158,6 +167,16 @@ func script(t testing.TB, b sandbox.Sandbox, text string) (string, sandbox.Exit)
 	return out.String(), exit
 }
 
+// walled is a role of an agent whose box has a kernel of its own.
+const walled = "gvisor "
+
+func role(text string) (point string, wall sandbox.Isolation) {
+	if point, ok := strings.CutPrefix(text, walled); ok {
+		return point, sandbox.GVisor
+	}
+	return text, sandbox.Kernel
+}
+
 // child plays an agent in a process of its own: it makes a box named "box" in
 // a state directory and, at the trace point in the role, dies as by kill -9.
 func child(point string) error {
@@ -165,6 +184,7 @@ func child(point string) error {
 	if err != nil {
 		return err
 	}
+	point, wall := role(point)
 	die := func(at string) {
 		if at == point {
 			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
@@ -172,7 +192,7 @@ func child(point string) error {
 		}
 	}
 	cfg := Config{
-		StateDir: os.Getenv("MAYFLY_NATIVE_STATE"), Owner: "test", Guest: g, Trace: die,
+		StateDir: os.Getenv("MAYFLY_NATIVE_STATE"), Owner: "test", Guest: g, Trace: die, GVisor: GVisor{Runsc: os.Getenv(runscEnv)},
 		CgroupParent: testParent(os.Getppid()), Unprivileged: os.Geteuid() != 0,
 		Limits: sandbox.Limits{Disk: 64 << 20, Inodes: 4096, Pids: 64},
 	}
@@ -188,7 +208,7 @@ func child(point string) error {
 	if point == "destroy" {
 		return r.Destroy(ctx, "box")
 	}
-	b, err := r.Create(ctx, "box", sandbox.Spec{Labels: sandbox.Labels{Owner: "test", Job: "j", Generation: 1}})
+	b, err := r.Create(ctx, "box", sandbox.Spec{Labels: sandbox.Labels{Owner: "test", Job: "j", Generation: 1}, Isolation: wall})
 	if err != nil {
 		return err
 	}

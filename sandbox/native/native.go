@@ -82,6 +82,8 @@ type Config struct {
 	Images image.Config
 	// Unprivileged accepts what an ordinary user cannot enforce.
 	Unprivileged bool
+	// GVisor is for boxes with a kernel of their own.
+	GVisor GVisor
 	// Trace is called between outside effects, for crash tests.
 	Trace func(point string)
 }
@@ -94,6 +96,7 @@ type Runtime struct {
 	ids    kernel.IDs
 	filter []byte
 	guest  *os.File // sealed
+	runsc  runscVersion
 
 	names kernel.Names // in work
 
@@ -113,11 +116,6 @@ var (
 )
 
 const (
-	// guestFD is where the child that becomes the guest has its program. It is
-	// one of the descriptors that the child is given: of others os.StartProcess
-	// overwrites some in the child, while it moves those that it gives. The
-	// guest closes all that come after LifeFD.
-	guestFD      = boxinit.LifeFD + 1
 	defaultFirst = 1 << 30
 	defaultSlots = 1024
 )
@@ -141,6 +139,12 @@ func (c *Config) complete() error {
 		if !filepath.IsAbs(p) || filepath.Clean(p) != p || p == "/" {
 			return fmt.Errorf("native: base or hidden directory %q is not a clean absolute path below /", p)
 		}
+	}
+	if err := c.GVisor.Validate(); err != nil {
+		return fmt.Errorf("native: gVisor: %w", err)
+	}
+	if c.GVisor.Platform == "" {
+		c.GVisor.Platform = systrap
 	}
 	if c.FirstID == 0 {
 		c.FirstID = defaultFirst

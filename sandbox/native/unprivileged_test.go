@@ -115,7 +115,7 @@ func unprivileged(ctx context.Context, r *Runtime, b sandbox.Sandbox) error {
 	if err != nil {
 		all = append(all, err)
 	}
-	open := map[string]bool{"memory limit": true, "cpu limit": true, "user id range": true, "base": true}
+	open := map[string]bool{"memory limit": true, "cpu limit": true, "user id range": true, "base": true, "gvisor": true}
 	for _, c := range claims {
 		if c.Enforced == open[c.Name] {
 			all = append(all, fmt.Errorf("claim %+v: want enforced %v", c, !open[c.Name]))

@@ -126,7 +126,7 @@ func checkAlone(ctx context.Context, h Harness) error {
 		if err := b.script(ctx, "true").succeeded(); err != nil {
 			return err
 		}
-		if len(hostPids(mark)) == 0 {
+		if b.running(ctx, mark) == 0 {
 			return errors.New("a process in the background has not outlived its step: the next look would mean nothing")
 		}
 		p := shell("cat file")
@@ -134,8 +134,8 @@ func checkAlone(ctx context.Context, h Harness) error {
 		if err := b.run(ctx, p).printed("x\n"); err != nil {
 			return err
 		}
-		if left := hostPids(mark); len(left) > 0 {
-			return fmt.Errorf("got processes %v beside one that is alone, want none", left)
+		if n := b.running(ctx, mark); n > 0 {
+			return fmt.Errorf("got %d processes beside one that is alone, want none", n)
 		}
 		return nil
 	})

@@ -123,14 +123,14 @@ func checkDaemons(ctx context.Context, h Harness) error {
 		if err := b.run(ctx, shell(daemons, mark)).succeeded(); err != nil {
 			return err
 		}
-		if pids := hostPids(mark); len(pids) < 2 {
-			return fmt.Errorf("processes of the box that the host sees: got %v, want two to know that the next look means something", pids)
+		if n := b.running(ctx, mark); n < 2 {
+			return fmt.Errorf("processes of the box that can be seen: got %d, want two to know that the next look means something", n)
 		}
 		if err := h.Runtime.Destroy(ctx, b.name); err != nil {
 			return fmt.Errorf("Destroy: %w", err)
 		}
-		if pids := hostPids(mark); len(pids) > 0 {
-			return fmt.Errorf("after Destroy these still run: %v", pids)
+		if n := b.running(ctx, mark); n > 0 {
+			return fmt.Errorf("after Destroy %d still run", n)
 		}
 		return nil
 	})
@@ -220,7 +220,7 @@ func checkExpires(ctx context.Context, h Harness) error {
 		case time.Now().Before(s.Expires.Add(-time.Second)):
 			return fmt.Errorf("the box died %v before its time", time.Until(s.Expires))
 		}
-		return eventually(ctx, 10*time.Second, "the end of what ran", func() bool { return len(hostPids(mark)) == 0 })
+		return eventually(ctx, 10*time.Second, "the end of what ran", func() bool { return b.running(ctx, mark) == 0 })
 	})
 }
 
@@ -229,7 +229,7 @@ func checkDied(ctx context.Context, h Harness) error {
 		mark := token()
 		var killed error
 		p := shell("echo up; while :; do sleep 1; done", mark)
-		p.Stdout = func(time.Time, []byte) error { killed = killInit(mark); return nil }
+		p.Stdout = func(time.Time, []byte) error { killed = b.killInit(mark); return nil }
 		if _, err := b.Run(ctx, p); killed != nil || !errors.Is(err, sandbox.ErrDied) {
 			return fmt.Errorf("Run: got error %w, want ErrDied; kill process 1: %w", err, killed)
 		}
@@ -239,13 +239,16 @@ func checkDied(ctx context.Context, h Harness) error {
 		if err := b.Put(ctx, sandbox.Workspace, archive(entry{name: "f"})); !errors.Is(err, sandbox.ErrDied) {
 			return fmt.Errorf("Put: got error %w, want ErrDied", err)
 		}
-		return eventually(ctx, 10*time.Second, "the end of what ran", func() bool { return len(hostPids(mark)) == 0 })
+		return eventually(ctx, 10*time.Second, "the end of what ran", func() bool { return b.running(ctx, mark) == 0 })
 	})
 }
 
 // killInit kills process 1 of the box in which a process with that mark runs,
 // from the host, where it has another id.
-func killInit(mark string) error {
+func (b *box) killInit(mark string) error {
+	if kernel := b.harness.Kernel; kernel != nil {
+		return killKernel(kernel(b.name))
+	}
 	pids := hostPids(mark)
 	if len(pids) == 0 {
 		return errors.New("the host does not see the process of the box")

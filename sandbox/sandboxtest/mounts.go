@@ -127,8 +127,11 @@ func checkMountSetuid(ctx context.Context, h Harness) error {
 func checkMountDevice(ctx context.Context, h Harness) error {
 	return h.mounted(ctx, mountTarget, func(b *box, s source) error {
 		device := filepath.Join(s.dir, "zero")
-		const zero = 1<<8 | 5 // major 1, minor 5: /dev/zero
-		if err := errors.Join(syscall.Mknod(device, syscall.S_IFCHR|0o666, zero), os.Chmod(device, 0o666)); err != nil {
+		number := 1<<8 | 5 // major 1, minor 5: /dev/zero
+		if h.Kernel != nil {
+			number = 1<<8 | 11 // /dev/kmsg: the kernel of the box has a zero of its own, by the same number
+		}
+		if err := errors.Join(syscall.Mknod(device, syscall.S_IFCHR|0o666, number), os.Chmod(device, 0o666)); err != nil {
 			return fmt.Errorf("a device, which needs root: %w", err)
 		}
 		if f, err := os.Open(device); err != nil {

@@ -20,6 +20,7 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox/native"
 	"github.com/mayfly-ci/mayfly/sandbox/sandboxtest"
 	"github.com/mayfly-ci/mayfly/test/dockertest"
+	"github.com/mayfly-ci/mayfly/test/servertest"
 )
 
 // The environment of a process that the tests start from their own binary.
@@ -27,6 +28,7 @@ const (
 	orphanEnv = "MAYFLY_TEST_ORPHAN" // an order: make a box and die
 	userEnv   = "MAYFLY_TEST_USER"   // a state directory: run the suite as an ordinary user
 	probeEnv  = "MAYFLY_TEST_PROBE"  // where the probe lies, for that
+	runscEnv  = "MAYFLY_TEST_RUNSC"  // where runsc lies
 )
 
 // An order is what the process that is killed after it made a box has to make.
@@ -39,6 +41,13 @@ func TestMain(m *testing.M) {
 	if text := os.Getenv(orphanEnv); text != "" {
 		fmt.Fprintln(os.Stderr, orphan(text))
 		os.Exit(1)
+	}
+	if os.Getenv(userEnv) == "" {
+		runsc, err := servertest.Runsc(context.Background())
+		if err := errors.Join(err, os.Setenv(runscEnv, runsc)); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
 	}
 	code := m.Run()
 	if os.Geteuid() == 0 {
@@ -84,7 +93,7 @@ func newNative(state, parent string) (*native.Runtime, error) {
 		disk = 128 << 20 // which is memory
 	}
 	return native.New(native.Config{
-		StateDir: state, Owner: "suite", Guest: program, CgroupParent: parent, Unprivileged: !root,
+		StateDir: state, Owner: "suite", Guest: program, CgroupParent: parent, Unprivileged: !root, GVisor: native.GVisor{Runsc: os.Getenv(runscEnv)},
 		Limits: sandbox.Limits{Memory: 512 << 20, Pids: 512, MilliCPU: 2000, Disk: disk, Inodes: 50_000},
 	})
 }

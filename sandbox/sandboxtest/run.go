@@ -261,7 +261,7 @@ func checkKill(ctx context.Context, h Harness) error {
 		if r.err != nil || r.exit != (sandbox.Exit{Code: 137, Signal: 9}) || took < 2*grace {
 			return fmt.Errorf("got %v after %v, want killed after %v", r, took, 2*grace)
 		}
-		return eventually(ctx, 5*time.Second, "the end of a child in a session of its own", func() bool { return len(hostPids(mark)) == 0 })
+		return eventually(ctx, 5*time.Second, "the end of a child in a session of its own", func() bool { return b.running(ctx, mark) == 0 })
 	})
 }
 
@@ -274,6 +274,6 @@ func checkOutputError(ctx context.Context, h Harness) error {
 		if _, err := b.Run(ctx, p); !errors.Is(err, io.ErrShortWrite) {
 			return fmt.Errorf("Run: got error %w, want that of the output", err)
 		}
-		return eventually(ctx, 5*time.Second, "the end of the process", func() bool { return len(hostPids(mark)) == 0 })
+		return eventually(ctx, 5*time.Second, "the end of the process", func() bool { return b.running(ctx, mark) == 0 })
 	})
 }

@@ -20,7 +20,7 @@ import (
 )
 
 // A Harness is a runtime and what the suite needs to judge it. All fields but
-// Unenforced and Image are required.
+// Unenforced, Image and Kernel are required.
 type Harness struct {
 	Runtime sandbox.Runtime
 	Owner   string // installation id that the runtime was made with
@@ -40,6 +40,12 @@ type Harness struct {
 
 	// Probe is the program that BuildProbe returns.
 	Probe []byte
+
+	// Kernel is for boxes with a kernel of their own in user space: the processes
+	// of the host that are the kernel of the box of that name, the first of them
+	// the one that all others end with. The host does not see the box's processes
+	// then, and not each thread of a box is one of the host; see kernel.go.
+	Kernel func(name string) []int
 }
 
 // A clause is one sentence of the contract. Its check returns what breaks it.
@@ -56,7 +62,7 @@ const clauseTimeout = 2 * time.Minute
 // Run checks that the runtime of factory keeps the contract, isolation claims
 // included. The factory is called once for each clause. The boxes need /bin/sh
 // and the small programs that go with it, and the host must see their processes
-// in its /proc.
+// in its /proc, or the kernel that Harness.Kernel names.
 func Run(t *testing.T, factory func(t *testing.T) Harness) {
 	t.Helper()
 	for _, c := range clauses() {

@@ -8,7 +8,8 @@
 // up every privilege that a step must not have, answers with the sockets of the
 // network, and executes the guest program anew to serve the control stream. So
 // the guest proper, and all that it starts, begins with what is left: nothing
-// depends on each of its threads having given something up.
+// depends on each of its threads having given something up. With gVisor it does
+// not execute the guest but runsc, as a child, and waits (see keep).
 package boxinit
 
 import (
@@ -39,6 +40,9 @@ func Run() error {
 	if err != nil {
 		return err
 	}
+	if s.GVisor() {
+		return keep(s)
+	}
 	args := []string{"mayfly-guest", "serve"}
 	if s.Expires != 0 {
 		args = append(args, strconv.FormatUint(s.Expires, 10))
@@ -60,8 +64,11 @@ func prepare() (s *Setup, err error) {
 	} else {
 		rights = unix.UnixRights(sockets.TCP, sockets.DNS, sockets.Log)
 	}
-	sendErr := unix.Sendmsg(SetupFD, answer, rights, nil, unix.MSG_NOSIGNAL)
-	return s, errors.Join(err, sendErr, sockets.Close(), unix.Close(SetupFD))
+	err = errors.Join(err, unix.Sendmsg(SetupFD, answer, rights, nil, unix.MSG_NOSIGNAL), sockets.Close())
+	if err != nil || !s.GVisor() { // a keeper sees by it that the agent lives
+		err = errors.Join(err, unix.Close(SetupFD))
+	}
+	return s, err
 }
 
 func network() (netns.FDs, error) {

@@ -23,10 +23,13 @@ func confine(s *Setup) error {
 	if err := limits(s); err != nil {
 		return err
 	}
-	if err := capabilities(); err != nil {
+	if s.GVisor() { // runsc takes the rest from its kernel, and the guest from itself
+		return errors.Join(capabilities(privileges), noNewPrivileges())
+	}
+	if err := capabilities(kept); err != nil {
 		return err
 	}
-	return filter(s.Filter)
+	return filter(s.Filter, 0)
 }
 
 func limits(s *Setup) error {
@@ -50,11 +53,11 @@ func limits(s *Setup) error {
 	return err
 }
 
-// capabilities drops the rest from the bounding set, which is what a program
+// capabilities drops all but some from the bounding set, which is what a program
 // executed by root gets, and from this thread.
-func capabilities() error {
+func capabilities(some uint32) error {
 	for c := uintptr(0); c < 64; c++ {
-		if kept&(1<<c) != 0 {
+		if some&(1<<c) != 0 {
 			continue
 		}
 		err := unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0)
@@ -69,7 +72,7 @@ func capabilities() error {
 		return fmt.Errorf("ambient capabilities: %w", err)
 	}
 	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	body := [2]unix.CapUserData{{Effective: kept, Permitted: kept}}
+	body := [2]unix.CapUserData{{Effective: some, Permitted: some}}
 	if err := unix.Capset(&head, &body[0]); err != nil {
 		return fmt.Errorf("capabilities: %w", err)
 	}
@@ -77,20 +80,27 @@ func capabilities() error {
 }
 
 // filter installs the system call filter, and no_new_privs, which it needs.
-func filter(program []byte) error {
+func filter(program []byte, flags uintptr) error {
 	const size = int(unsafe.Sizeof(unix.SockFilter{}))
 	if len(program) == 0 || len(program)%size != 0 {
 		return errors.New("system call filter: malformed")
 	}
-	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-		return fmt.Errorf("no_new_privs: %w", err)
+	if err := noNewPrivileges(); err != nil {
+		return err
 	}
 	instructions := make([]unix.SockFilter, len(program)/size)
 	copy(unsafe.Slice((*byte)(unsafe.Pointer(&instructions[0])), len(program)), program)
 	fprog := unix.SockFprog{Len: uint16(len(instructions)), Filter: &instructions[0]}
-	_, _, e := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0, uintptr(unsafe.Pointer(&fprog)))
+	_, _, e := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, flags, uintptr(unsafe.Pointer(&fprog)))
 	if e != 0 {
 		return fmt.Errorf("system call filter: %w", e)
+	}
+	return nil
+}
+
+func noNewPrivileges() error {
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("no_new_privs: %w", err)
 	}
 	return nil
 }

@@ -37,10 +37,24 @@ func (b *builder) filesystem() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("mounts private: %w", err)
 	}
-	for _, step := range []func() error{b.disk, b.root, b.layers, b.hide, b.proc, b.dev, b.tmpfs, b.mounts, enter, b.furnish} {
+	root, rest := newRoot, []func() error{b.proc, b.dev, b.tmpfs, b.mounts}
+	if b.GVisor() { // its kernel has such file systems of its own
+		root, rest = yard, []func() error{b.mounts, b.outside}
+	}
+	for _, step := range append([]func() error{b.disk, b.root, b.layers, b.hide}, rest...) {
 		if err := step(); err != nil {
 			return err
 		}
+	}
+	if err := enter(root); err != nil {
+		return err
+	}
+	finish := b.furnish
+	if b.GVisor() {
+		finish = func() error { return inside(b.furnish, markTmp) }
+	}
+	if err := finish(); err != nil {
+		return err
 	}
 	for _, fd := range b.fds {
 		if err := unix.Close(fd); err != nil {
@@ -234,9 +248,9 @@ func (b *builder) tmpfs() error {
 	return mount("run", newRoot+"/run/mayfly", "tmpfs", plain, fmt.Sprintf("mode=755,size=%d,nr_inodes=16384", b.RunBytes))
 }
 
-// enter makes newRoot the root and drops everything else.
-func enter() error {
-	if err := unix.Chdir(newRoot); err != nil {
+// enter makes a mount the root and drops everything else.
+func enter(root string) error {
+	if err := unix.Chdir(root); err != nil {
 		return fmt.Errorf("new root: %w", err)
 	}
 	if err := unix.PivotRoot(".", "."); err != nil {

@@ -6,11 +6,15 @@ import (
 )
 
 // Descriptors of the guest when it starts, beside 0, 1 and 2 on /dev/null. The
-// control stream is where "mayfly-guest serve" expects it.
+// control stream is where "mayfly-guest serve" expects it. The programs are among
+// those that the child is given: of others os.StartProcess overwrites some in the
+// child, while it moves those that it gives.
 const (
 	ControlFD = 3 // SOCK_STREAM: the guest protocol
 	SetupFD   = 4 // SOCK_SEQPACKET: the Setup in, the answer out
 	LifeFD    = 5 // unprivileged: a lock that is held for as long as it is open
+	GuestFD   = 6 // the guest program; this and what follows is not inherited
+	RunscFD   = 7 // gVisor: the runsc program
 )
 
 // Dirs is how many layers and how many hidden paths a box may have: the disk
@@ -47,7 +51,12 @@ type Setup struct {
 	Filter       []byte   // struct sock_filter array
 	Image        uint64   // layers of the image that is the root of the box; 0 is no image
 	Etc          []File   // of /etc, in place of those of the image
+	Bundle       []byte   // gVisor: config.json (OCI runtime specification); empty is the kernel's own wall
+	Platform     string   // gVisor: how runsc catches system calls
 }
+
+// GVisor reports whether the box gets a kernel of its own.
+func (s *Setup) GVisor() bool { return len(s.Bundle) > 0 }
 
 // A File is one that the box has, of mode 0644.
 type File struct{ Name, Content string }
@@ -78,7 +87,7 @@ func (s *Setup) Encode() []byte {
 	for _, n := range s.numbers() {
 		b = binary.LittleEndian.AppendUint64(b, *n)
 	}
-	return text(b, string(s.Filter))
+	return text(text(text(b, string(s.Filter)), string(s.Bundle)), s.Platform)
 }
 
 // Decode reads what Encode wrote.
@@ -103,6 +112,7 @@ func Decode(b []byte) (*Setup, error) {
 		*n = r.uint64()
 	}
 	s.Filter = []byte(r.text())
+	s.Bundle, s.Platform = []byte(r.text()), r.text()
 	if r.bad || len(r.b) != 0 || s.Image > MaxImage {
 		return nil, errMessage
 	}
