@@ -35,6 +35,12 @@ import (
 // insideEnv says that the tests run in their network namespace already.
 const insideEnv = "MAYFLY_ISOLATION_INSIDE"
 
+// The boxes of the tests have this wall (see TestGVisor), by this program.
+const (
+	wallEnv  = "MAYFLY_ISOLATION_WALL"
+	runscEnv = "MAYFLY_ISOLATION_RUNSC"
+)
+
 // patience bounds every wait of a test.
 const patience = 2 * time.Minute
 
@@ -44,6 +50,7 @@ var (
 	state          string // its state directory
 	probePath      string // the probe, where everybody may run it
 	probeProgram   []byte
+	wall           = sandbox.Isolation(os.Getenv(wallEnv))
 )
 
 func TestMain(m *testing.M) {
@@ -92,6 +99,7 @@ func prepareAndRun(m *testing.M) (code int, err error) {
 	parent := "mayfly-isolation-" + strconv.Itoa(os.Getpid())
 	runtimeOfTests, err = native.New(native.Config{
 		StateDir: state, Owner: "isolation", Guest: program, CgroupParent: parent,
+		GVisor: native.GVisor{Runsc: os.Getenv(runscEnv)},
 		Limits: sandbox.Limits{Memory: 512 << 20, Pids: 512, MilliCPU: 1000, Disk: 1 << 30, Inodes: 50_000},
 	})
 	if err != nil {
@@ -166,7 +174,9 @@ func newBox(t *testing.T, l sandbox.Limits) *box {
 			t.Errorf("destroy: %v", err)
 		}
 	})
-	s, err := runtimeOfTests.Create(ctx, name, sandbox.Spec{Labels: sandbox.Labels{Owner: "isolation"}, Limits: l, Expires: time.Now().Add(patience)})
+	s, err := runtimeOfTests.Create(ctx, name, sandbox.Spec{
+		Labels: sandbox.Labels{Owner: "isolation"}, Isolation: wall, Limits: l, Expires: time.Now().Add(patience),
+	})
 	if err != nil {
 		t.Fatalf("create: %v", err)
 	}
