@@ -67,7 +67,7 @@ func (l *life) admit(ctx context.Context) (policy.Plan, error) {
 	err = errors.Join(err, l.audit(ctx, l.log.Job, "job.admit", s.Job, err,
 		"provider", s.Provider, "repository", s.Repository, "ref", s.Ref, "sha", s.SHA, "workflow", s.Workflow,
 		"event", s.Event, "actor", l.job.Actor, "trust", string(l.job.Trust),
-		"policy", rules.Digest(), "rule", plan.Rule, "runtime", plan.Runtime, "image", plan.Image))
+		"policy", rules.Digest(), "rule", plan.Rule, "runtime", plan.Runtime, "image", plan.Image, "isolation", string(plan.Isolation)))
 	if err != nil {
 		return plan, err
 	}
@@ -116,7 +116,7 @@ func (l *life) spec(plan policy.Plan, img sandbox.Image, deadline time.Time) san
 // specOf is what the plan says of a box, whoever gets it. A warm box serves the
 // plans of which this is the same.
 func specOf(plan policy.Plan) sandbox.Spec {
-	return sandbox.Spec{Image: plan.Image, Limits: plan.Limits}
+	return sandbox.Spec{Image: plan.Image, Isolation: plan.Isolation, Limits: plan.Limits}
 }
 
 // expires is when the box ends itself: the time that it may be kept is in it

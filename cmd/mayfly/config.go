@@ -76,6 +76,9 @@ func (w *wiring) checkRules(rules *policy.Policy) error {
 		} else if p.Image != "" && section.Type == "native" {
 			errs = append(errs, checkImage(p, section))
 		}
+		if ok {
+			errs = append(errs, checkIsolation(p, section))
+		}
 	}
 	for _, g := range rules.Grants() {
 		issuer, ok := w.agent.Issuers[g.Issuer]
@@ -213,6 +216,9 @@ func explain(e policy.Explanation) string {
 	where := p.Runtime
 	if p.Image != "" {
 		where += ", image " + p.Image
+	}
+	if p.Isolation != "" {
+		where += ", isolation " + string(p.Isolation)
 	}
 	fmt.Fprintf(&b, "\ngranted by %s\n  runtime %s, at most %v\n", p.Rule, where, p.Timeout)
 	for _, x := range p.Egress {

@@ -63,6 +63,8 @@ func nativeConfig(section configs.Section, weak bool) (native.Config, error) {
 		Base         []string   `yaml:"base"`
 		Hide         []string   `yaml:"hide"`
 		Images       imagesNode `yaml:"images"`
+
+		GVisor *gvisorNode `yaml:"gvisor"`
 	}
 	if err := section.Decode(&own); err != nil {
 		return native.Config{}, err
@@ -71,8 +73,12 @@ func nativeConfig(section configs.Section, weak bool) (native.Config, error) {
 		weak = *own.Unprivileged
 	}
 	images, err := own.Images.config(section)
+	if err != nil {
+		return native.Config{}, err
+	}
+	kernel, err := own.GVisor.config(section)
 	return native.Config{
-		FirstID: own.FirstID, CgroupParent: own.Cgroup, Base: own.Base, Hide: own.Hide, Unprivileged: weak, Images: images,
+		FirstID: own.FirstID, CgroupParent: own.Cgroup, Base: own.Base, Hide: own.Hide, Unprivileged: weak, Images: images, GVisor: kernel,
 	}, err
 }
 

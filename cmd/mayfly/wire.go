@@ -449,21 +449,6 @@ func readPolicy(path string) (*policy.Policy, error) {
 	return policy.Parse(src, path)
 }
 
-func operatorLog(c configs.Log, to io.Writer) (zerolog.Logger, error) {
-	level, err := zerolog.ParseLevel(c.Level)
-	if err != nil {
-		return zerolog.Nop(), fmt.Errorf("log level: %w", err)
-	}
-	if c.Format == "console" {
-		return consoleLog(to).Level(level), nil
-	}
-	return zerolog.New(to).Level(level).With().Timestamp().Logger(), nil
-}
-
-func consoleLog(to io.Writer) zerolog.Logger {
-	return zerolog.New(zerolog.ConsoleWriter{Out: to, TimeFormat: "15:04:05.000"}).With().Timestamp().Logger()
-}
-
 // peek opens the state of the configured agent for reading.
 func peek(path string) (*runner.State, error) {
 	c, err := load(path)

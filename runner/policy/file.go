@@ -33,6 +33,7 @@ type ruleNode struct {
 	Egress  []egressNode `yaml:"egress"`
 	Leases  []leaseNode  `yaml:"leases"`
 	Keep    keepSpan     `yaml:"keep-on-failure"`
+	Wall    isolation    `yaml:"isolation"`
 }
 
 type match struct {
@@ -109,6 +110,7 @@ func decode(src []byte, file string) ([]rule, error) {
 // rule turns one rule of the file into what Decide uses.
 func (n ruleNode) rule() (rule, error) {
 	r := rule{match: n.Match, plan: n.basics()}
+	r.plan.Isolation = sandbox.Isolation(n.Wall)
 	errs := []error{n.checkTTL(), n.checkPull(), overlaps(n.Egress, egressKeys), overlaps(n.Leases, leaseKeys)}
 	for _, e := range n.Egress {
 		errs = append(errs, e.check())

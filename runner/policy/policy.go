@@ -41,6 +41,9 @@ type Plan struct {
 	LogBytes int64         `json:"log_bytes"`                 // cap of the job's log, never 0
 	Egress   []Egress      `json:"egress"`                    // empty: no way out
 	Leases   []Lease       `json:"leases"`
+
+	// Isolation is the wall of the box; "" is the machine's own kernel.
+	Isolation sandbox.Isolation `json:"isolation,omitempty"`
 }
 
 // An Egress is a way out, for the whole job or for one step of it.
@@ -189,6 +192,8 @@ type Place struct {
 	Rule    string // "policy.yaml:12 main-builds"
 	Runtime string
 	Image   string
+
+	Isolation sandbox.Isolation
 }
 
 // Places returns the runtime and the image of every rule, in the order of the
@@ -196,7 +201,7 @@ type Place struct {
 func (p *Policy) Places() []Place {
 	var ps []Place
 	for _, r := range p.rules {
-		ps = append(ps, Place{r.plan.Rule, r.plan.Runtime, r.plan.Image})
+		ps = append(ps, Place{r.plan.Rule, r.plan.Runtime, r.plan.Image, r.plan.Isolation})
 	}
 	return ps
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/configs/strict"
 	"github.com/mayfly-ci/mayfly/providers"
+	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
 )
 
@@ -131,6 +132,19 @@ type image string
 func (i *image) UnmarshalText(b []byte) error {
 	*i = image(b)
 	return word(b, "an image", `[A-Za-z0-9][A-Za-z0-9._/:@-]{0,254}`)
+}
+
+// isolation is the wall of a box.
+type isolation sandbox.Isolation
+
+func (i *isolation) UnmarshalText(b []byte) error {
+	walls := map[string]sandbox.Isolation{"kernel": sandbox.Kernel, string(sandbox.GVisor): sandbox.GVisor}
+	wall, ok := walls[string(b)]
+	if !ok {
+		return fmt.Errorf("unknown isolation %q (known: kernel, gvisor)", b)
+	}
+	*i = isolation(wall)
+	return nil
 }
 
 type tier providers.Trust
