@@ -5,7 +5,7 @@ SHELL       := /bin/bash
 GOARCH      := $(or $(GOARCH),$(shell go env GOARCH))
 VERSION     := $(or $(VERSION),$(shell git -c safe.directory='*' describe --tags --always --dirty),unknown)
 FUZZTIME    ?= 10s
-TESTTIMEOUT ?= 10m
+TESTTIMEOUT ?= 15m
 CRASHTIMEOUT ?= 60m
 # Without the VCS stamp go asks git nothing, which refuses strangers' clones.
 GOFLAGS     := $(shell go env GOFLAGS) -buildvcs=false

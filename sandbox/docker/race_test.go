@@ -12,8 +12,10 @@ import (
 // TestRemovedAsItEnds: a container that ends by itself, for its agent is dead,
 // while the next agent removes it, leaves neither its parent process nor control
 // groups.
-func TestRemovedAsItEnds(t *testing.T) {
-	d := dockertest.Start(t)
+func TestRemovedAsItEnds(t *testing.T) { each(t, removedAsItEnds) }
+
+func removedAsItEnds(t *testing.T, e dockertest.Engine) {
+	d := e.Start(t)
 	cfg := config(t, d)
 	r := newRuntime(t, cfg)
 	spec := sandbox.Spec{Image: dockertest.Busybox}

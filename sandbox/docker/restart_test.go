@@ -47,7 +47,9 @@ func wait[T any](t *testing.T, what string, c <-chan T) T {
 
 // TestDaemonKilled kills the daemon with SIGKILL while a box works, while it is
 // released, and while there is none, and starts it again.
-func TestDaemonKilled(t *testing.T) {
+func TestDaemonKilled(t *testing.T) { each(t, daemonKilled) }
+
+func daemonKilled(t *testing.T, e dockertest.Engine) {
 	for _, keeps := range []bool{false, true} {
 		name, options := "containers end", []string(nil)
 		if keeps {
@@ -55,7 +57,7 @@ func TestDaemonKilled(t *testing.T) {
 		}
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			d := dockertest.Start(t, options...)
+			d := e.Start(t, options...)
 			cfg := config(t, d)
 			cfg.Image = dockertest.Busybox
 			r := newRuntime(t, cfg)

@@ -14,15 +14,19 @@ import (
 // TestSuite: the runtime keeps the contract of all runtimes, isolation claims
 // included. What it makes is gone when the suite ends.
 func TestSuite(t *testing.T) {
-	d := dockertest.Start(t)
-	cfg := config(t, d)
-	t.Cleanup(func() { nothingLeft(t, d, cfg.StateDir) })
-	conform(t, d, cfg, "user id range")
+	each(t, func(t *testing.T, e dockertest.Engine) {
+		d := e.Start(t)
+		cfg := config(t, d)
+		t.Cleanup(func() { nothingLeft(t, d, cfg.StateDir) })
+		conform(t, d, cfg, "user id range")
+	})
 }
 
 // TestSuiteRemapped: and with a daemon that has user namespaces, all of it.
-func TestSuiteRemapped(t *testing.T) {
-	plain, d := dockertest.Start(t), dockertest.StartRemapped(t)
+func TestSuiteRemapped(t *testing.T) { each(t, remapped) }
+
+func remapped(t *testing.T, e dockertest.Engine) {
+	plain, d := dockertest.Start(t), e.StartRemapped(t)
 	if err := d.CopyImage(bounded(t), plain, dockertest.Debian); err != nil {
 		t.Fatal(err)
 	}
@@ -35,6 +39,16 @@ func TestSuiteRemapped(t *testing.T) {
 		}
 	})
 	conform(t, d, cfg)
+}
+
+// each runs a test on all engines at once.
+func each(t *testing.T, test func(*testing.T, dockertest.Engine)) {
+	for _, e := range dockertest.Engines() {
+		t.Run(e.Name, func(t *testing.T) {
+			t.Parallel()
+			test(t, e)
+		})
+	}
 }
 
 // conform runs the suite over a configuration, of which those claims do not

@@ -28,7 +28,7 @@ func (d *Daemon) Close() error {
 	if err != nil {
 		err = errors.Join(err, d.Kill(ctx))
 	}
-	err = errors.Join(err, d.engine.Close(), d.killAll(ctx))
+	err = errors.Join(err, d.engine.Close(), d.killAll(ctx), d.net.Close())
 	for _, m := range slices.Backward(d.mounts()) {
 		err = errors.Join(err, unix.Unmount(m, unix.MNT_DETACH))
 	}
@@ -78,6 +78,9 @@ func (d *Daemon) Left(ctx context.Context) ([]string, error) {
 			left = append(left, fmt.Sprintf("process %d %s", pid, args))
 		}
 	}
+	if n := len(d.layers()); n > d.snapshots {
+		left = append(left, fmt.Sprintf("%d layers in containerd", n-d.snapshots))
+	}
 	for _, kind := range []string{"overlay2", "containers", "volumes"} {
 		entries, err := os.ReadDir(filepath.Join(d.data(), kind))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -90,6 +93,13 @@ func (d *Daemon) Left(ctx context.Context) ([]string, error) {
 		}
 	}
 	return left, nil
+}
+
+// layers are those that containerd has, of images and of containers, if it has
+// any at all.
+func (d *Daemon) layers() []string {
+	found, _ := filepath.Glob(d.data() + "/containerd/daemon/io.containerd.snapshotter.v1.overlayfs/snapshots/*") // the pattern is well formed
+	return found
 }
 
 // mounts are mount points below the directory of the daemon, outer first.

@@ -44,113 +44,51 @@ const (
 // A Daemon is one dockerd. Its methods may not be called at the same time.
 type Daemon struct {
 	dir     string // holds data, exec, socket, log
+	path    string // where programs are looked for
 	parent  string // of the containers' control groups
 	options []string
-	ids     string // file that is /etc/subuid and /etc/subgid for the daemon, if any
+	ids     string   // file that is /etc/subuid and /etc/subgid for the daemon, if any
+	net     *os.File // network namespace
 	engine  *client.Client
+
+	snapshots int // layers of the images that it was given
 
 	cmd  *exec.Cmd
 	done chan struct{} // closed when the daemon is gone
 }
 
-// New starts a daemon below dir, which it creates. options are flags of dockerd.
-// It ends with Close, and by itself when the calling process dies.
+// New is that of the stable engine.
 func New(ctx context.Context, dir string, options ...string) (*Daemon, error) {
-	if os.Geteuid() != 0 {
-		return nil, errors.New("dockertest: not root")
-	}
-	template, err := template(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("dockertest: images: %w", err)
-	}
-	d, err := empty(dir, options...)
-	if err == nil {
-		err = copyData(ctx, template, d.data())
-	}
-	if err == nil {
-		err = d.start(ctx)
-	}
-	if err != nil {
-		err = fmt.Errorf("dockertest: %w", err)
-		if d != nil {
-			err = errors.Join(err, d.Close())
-		}
-		return nil, err
-	}
-	return d, nil
+	return Stable().New(ctx, dir, options...)
+}
+
+// Start is that of the stable engine.
+func Start(tb testing.TB, options ...string) *Daemon {
+	tb.Helper()
+	return Stable().Start(tb, options...)
 }
 
 // empty is a daemon without images that has not been started.
-func empty(dir string, options ...string) (*Daemon, error) {
+func (e Engine) empty(ctx context.Context, dir string, options ...string) (*Daemon, error) {
+	path, err := e.path(ctx)
+	if err != nil {
+		return nil, err
+	}
 	if err := os.Mkdir(dir, 0o711); err != nil {
 		return nil, err
 	}
 	// Not the machine's own, whatever that says.
-	if err := os.WriteFile(filepath.Join(dir, "daemon.json"), []byte("{}"), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "daemon.json"), []byte(e.settings), 0o600); err != nil {
 		return nil, err
 	}
-	d := &Daemon{dir: dir, parent: "mayfly-dockertest-" + strings.ToLower(rand.Text()[:12]), options: options}
-	var err error
-	d.engine, err = client.NewClientWithOpts(client.WithHost(d.Host()), client.WithAPIVersionNegotiation())
-	return d, err
-}
-
-// Start is New for a test: the daemon and all of it go with tb, and what goes
-// wrong is fatal.
-func Start(tb testing.TB, options ...string) *Daemon {
-	tb.Helper()
-	dir, err := os.MkdirTemp("", "mayfly-dockertest-")
-	if err != nil {
-		tb.Fatal(err)
+	d := &Daemon{dir: dir, path: path, parent: "mayfly-dockertest-" + strings.ToLower(rand.Text()[:12]), options: options}
+	if d.net, err = loopback(); err != nil {
+		return nil, fmt.Errorf("network namespace: %w", err)
 	}
-	tb.Cleanup(func() {
-		if err := os.RemoveAll(dir); err != nil {
-			tb.Errorf("dockertest: %v", err)
-		}
-	})
-	d, err := New(context.Background(), filepath.Join(dir, "docker"), options...)
-	if err != nil {
-		tb.Fatal(err)
+	if d.engine, err = client.NewClientWithOpts(client.WithHost(d.Host()), client.WithAPIVersionNegotiation()); err != nil {
+		return nil, errors.Join(err, d.net.Close())
 	}
-	tb.Cleanup(func() {
-		if err := d.Close(); err != nil {
-			tb.Error(err)
-		}
-	})
-	return d
-}
-
-// StartRemapped is Start for a daemon that gives its containers a user namespace,
-// with ids from RemappedID. It has no images.
-func StartRemapped(tb testing.TB) *Daemon {
-	tb.Helper()
-	dir, err := os.MkdirTemp("", "mayfly-dockertest-")
-	if err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(func() {
-		if err := os.RemoveAll(dir); err != nil {
-			tb.Errorf("dockertest: %v", err)
-		}
-	})
-	d, err := empty(filepath.Join(dir, "docker"), "--userns-remap=nobody:nogroup")
-	if err != nil {
-		tb.Fatalf("dockertest: %v", err)
-	}
-	tb.Cleanup(func() {
-		if err := d.Close(); err != nil {
-			tb.Error(err)
-		}
-	})
-	d.ids = filepath.Join(d.dir, "ids")
-	err = errors.Join(os.WriteFile(d.ids, fmt.Appendf(nil, "nobody:%d:65536\nnogroup:%[1]d:65536\n", RemappedID), 0o644), os.Chmod(dir, 0o711))
-	if err == nil {
-		err = d.start(context.Background())
-	}
-	if err != nil {
-		tb.Fatalf("dockertest: %v", err)
-	}
-	return d
+	return d, nil
 }
 
 // RemappedID is what root of a container is outside, of StartRemapped.
@@ -174,6 +112,7 @@ func (d *Daemon) Import(ctx context.Context, archive io.Reader, ref string) erro
 		return fmt.Errorf("import %s: %w", ref, err)
 	}
 	_, err = io.Copy(io.Discard, out)
+	d.snapshots = len(d.layers())
 	return errors.Join(err, out.Close())
 }
 
@@ -188,6 +127,7 @@ func (d *Daemon) CopyImage(ctx context.Context, from *Daemon, ref string) error 
 		return errors.Join(fmt.Errorf("load %s: %w", ref, err), in.Close())
 	}
 	_, err = io.Copy(io.Discard, out.Body)
+	d.snapshots = len(d.layers())
 	return errors.Join(err, out.Body.Close(), in.Close())
 }
 
@@ -225,14 +165,15 @@ func (d *Daemon) command(log *os.File) *exec.Cmd {
 		"--pidfile", filepath.Join(d.dir, "pid"), "--cgroup-parent", "/" + d.parent, "--config-file", filepath.Join(d.dir, "daemon.json"),
 		"--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-masq=false",
 	}, d.options...)
-	args = append([]string{"--net", "dockerd"}, args...)
+	args = append([]string{"nsenter", "--net=/proc/self/fd/3", "dockerd"}, args...)
 	if d.ids != "" {
 		const script = `mount --bind "$1" /etc/subuid; mount --bind "$1" /etc/subgid; shift; exec "$@"`
-		args = append([]string{"--mount", "--propagation=private", "sh", "-ec", script, "sh", d.ids, "unshare"}, args...)
+		args = append([]string{"unshare", "--mount", "--propagation=private", "sh", "-ec", script, "sh", d.ids}, args...)
 	}
-	cmd := exec.Command("unshare", args...)
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.ExtraFiles = []*os.File{d.net}
 	cmd.Dir, cmd.Stdout, cmd.Stderr = d.dir, log, log
-	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=" + d.dir}
+	cmd.Env = []string{"PATH=" + d.path, "HOME=" + d.dir}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM, Setpgid: true}
 	return cmd
 }
@@ -265,7 +206,7 @@ func (d *Daemon) start(ctx context.Context) error {
 		}
 	}()
 	if err := <-started; err != nil {
-		return fmt.Errorf("dockerd (Debian package docker.io): %w", err)
+		return fmt.Errorf("dockerd (Debian package docker.io, or test/servers/dockerd): %w", err)
 	}
 	d.cmd, d.done = cmd, done
 	return d.ready(ctx)
@@ -285,7 +226,7 @@ func (d *Daemon) ready(ctx context.Context) error {
 		select {
 		case <-d.done:
 			log, logErr := os.ReadFile(d.logFile())
-			return errors.Join(fmt.Errorf("dockerd (Debian package docker.io) ended while it started: %s", log[max(0, len(log)-2000):]), logErr)
+			return errors.Join(fmt.Errorf("dockerd ended while it started: %s", log[max(0, len(log)-2000):]), logErr)
 		case <-ctx.Done():
 			return errors.Join(fmt.Errorf("dockerd does not answer: %w", context.Cause(ctx)), err)
 		case <-tick.C:

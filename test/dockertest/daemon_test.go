@@ -11,7 +11,12 @@ import (
 // TestDaemon: a daemon has its images, is killed and comes back, and shows what
 // a container leaves.
 func TestDaemon(t *testing.T) {
-	d := dockertest.Start(t)
+	for _, e := range dockertest.Engines() {
+		t.Run(e.Name, func(t *testing.T) { testDaemon(t, e.Start(t)) })
+	}
+}
+
+func testDaemon(t *testing.T, d *dockertest.Daemon) {
 	ctx := t.Context()
 	for _, image := range []string{dockertest.Debian, dockertest.Busybox} {
 		if _, err := d.Engine().ImageInspect(ctx, image); err != nil {

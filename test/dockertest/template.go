@@ -26,16 +26,12 @@ const suite = "bookworm"
 // packages of the image beside the essential ones.
 const packages = "bash,ca-certificates,curl,gcc,git,libc6-dev,make,python3"
 
-// Prepare makes the images if they are not there, which takes minutes and the
-// network, once. It is for TestMain of tests that run without either.
-func Prepare() error {
-	_, err := template(context.Background())
-	return err
-}
+// Prepare is that of the stable engine.
+func Prepare() error { return Stable().Prepare() }
 
 // template is the data directory of a daemon that has the images. Whoever is
 // first makes it, the others wait; renaming makes it appear whole.
-func template(ctx context.Context) (_ string, err error) {
+func (e Engine) template(ctx context.Context) (_ string, err error) {
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		return "", err
@@ -44,7 +40,7 @@ func template(ctx context.Context) (_ string, err error) {
 	if err := os.MkdirAll(parent, 0o711); err != nil {
 		return "", err
 	}
-	lock, err := os.OpenFile(filepath.Join(parent, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	lock, err := os.OpenFile(filepath.Join(parent, "lock-"+e.Name), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return "", err
 	}
@@ -52,7 +48,7 @@ func template(ctx context.Context) (_ string, err error) {
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
 		return "", err
 	}
-	dir := filepath.Join(parent, fmt.Sprintf("data-%s-%s-%d", suite, runtime.GOARCH, templateVersion))
+	dir := filepath.Join(parent, fmt.Sprintf("data-%s-%s-%s-%d", e.Name, suite, runtime.GOARCH, templateVersion))
 	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
 		return dir, err
 	}
@@ -62,31 +58,53 @@ func template(ctx context.Context) (_ string, err error) {
 		return "", err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(work)) }()
-	if err := makeImages(ctx, filepath.Join(work, "docker"), filepath.Join(work, "root")); err != nil {
+	if err := e.makeImages(ctx, work); err != nil {
 		return "", err
 	}
 	unfinished := dir + ".new"
 	if err := os.RemoveAll(unfinished); err != nil {
 		return "", err
 	}
-	if err := copyData(ctx, filepath.Join(work, "data"), unfinished); err != nil {
+	if err := e.copyData(ctx, filepath.Join(work, "data"), unfinished); err != nil {
 		return "", err
 	}
 	return dir, os.Rename(unfinished, dir)
 }
 
-// makeImages runs a daemon in dir, makes the images and leaves its data beside
-// dir.
-func makeImages(ctx context.Context, dir, root string) error {
-	if err := bootstrap(ctx, root); err != nil {
-		return err
+// makeImages runs a daemon below work, makes the images and leaves its data
+// there. All engines have the images that the stable one made.
+func (e Engine) makeImages(ctx context.Context, work string) (err error) {
+	fill := func(d *Daemon) error { return d.makeImages(ctx, filepath.Join(work, "root")) }
+	if len(e.servers) > 0 {
+		stable, err := Stable().New(ctx, filepath.Join(work, "stable"))
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, stable.Close()) }()
+		fill = func(d *Daemon) error {
+			return errors.Join(d.CopyImage(ctx, stable, Busybox), d.CopyImage(ctx, stable, Debian))
+		}
 	}
-	d, err := empty(dir)
+	d, err := e.empty(ctx, filepath.Join(work, "docker"))
 	if err != nil {
 		return err
 	}
 	if err := d.start(ctx); err != nil {
 		return errors.Join(err, d.Close())
+	}
+	err = fill(d)
+	if err == nil {
+		err = d.Stop(ctx)
+	}
+	if err == nil {
+		err = os.Rename(d.data(), filepath.Join(work, "data"))
+	}
+	return errors.Join(err, d.Close())
+}
+
+func (d *Daemon) makeImages(ctx context.Context, root string) error {
+	if err := bootstrap(ctx, root); err != nil {
+		return err
 	}
 	busybox, err := BusyboxRoot()
 	if err == nil {
@@ -95,13 +113,7 @@ func makeImages(ctx context.Context, dir, root string) error {
 	if err == nil {
 		err = d.importTree(ctx, root, Debian)
 	}
-	if err == nil {
-		err = d.Stop(ctx)
-	}
-	if err == nil {
-		err = os.Rename(d.data(), filepath.Join(filepath.Dir(dir), "data"))
-	}
-	return errors.Join(err, d.Close())
+	return err
 }
 
 // bootstrap installs a small Debian below root.
@@ -149,11 +161,16 @@ func (d *Daemon) importTree(ctx context.Context, root, ref string) error {
 
 // copyData copies the data of a daemon that has stopped. Layers of images never
 // change, so their files are links if the file system is the same.
-func copyData(ctx context.Context, from, to string) error {
-	script := `mkdir -m 711 "$2"; cd "$1"
-for f in *; do [ "$f" = overlay2 ] || cp -a "$f" "$2"; done
-cp -al overlay2 "$2" 2>/dev/null || { rm -rf "$2/overlay2"; cp -a overlay2 "$2"; }`
-	if out, err := exec.CommandContext(ctx, "/bin/sh", "-ec", script, "sh", from, to).CombinedOutput(); err != nil {
+func (e Engine) copyData(ctx context.Context, from, to string) error {
+	script := `from=$1 to=$2; shift 2; mkdir -m 711 "$to"; cd "$from"
+linked=" $* "
+for f in *; do case $linked in *" $f "*) ;; *) cp -a "$f" "$to";; esac; done
+for f in "$@"; do
+	cp -al "$f" "$to" 2>/dev/null || { rm -rf "$to/$f"; cp -a "$f" "$to"; }
+	find "$f" -name '*.db' -exec cp -a --remove-destination '{}' "$to/{}" ';'
+done`
+	args := append([]string{"-ec", script, "sh", from, to}, e.layers...)
+	if out, err := exec.CommandContext(ctx, "/bin/sh", args...).CombinedOutput(); err != nil {
 		return fmt.Errorf("copy images: %w: %s", err, out)
 	}
 	return nil
