@@ -95,7 +95,7 @@ func TestExamplePolicy(t *testing.T) {
 func TestExampleDocker(t *testing.T) {
 	t.Parallel()
 	own := exampleEngine(t, "docker")
-	if own.Image != "debian:12" || own.Host != "unix:///var/run/docker.sock" {
+	if own.Image != "debian:12" || own.Host != "unix:///var/run/docker.sock" || own.Images.Pull != "missing" || len(own.Images.From) != 1 {
 		t.Errorf("runtime: got %+v", own)
 	}
 }
@@ -112,8 +112,9 @@ type ownEngine struct {
 	Image  string `yaml:"image"`
 	Host   string `yaml:"host"`
 	Images struct {
-		Pull string   `yaml:"pull"`
-		From []string `yaml:"from"`
+		Pull       string   `yaml:"pull"`
+		From       []string `yaml:"from"`
+		DigestOnly bool     `yaml:"digest_only"`
 	} `yaml:"images"`
 }
 

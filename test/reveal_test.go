@@ -15,6 +15,7 @@ var revealers = map[string]string{
 	"creds/postgres/config.go (Config).password":         "the administrator's password leaves for the server, which proves who it is first",
 	"sandbox/containerd/pull.go (*Runtime).fetch":        "the password leaves for the registry that it is for",
 	"sandbox/image/registry.go (*Store).registry":        "what an image is pulled with leaves for its registry; the guard below sends it nowhere else",
+	"sandbox/docker/pull.go authorization":               "a password leaves for the daemon, which pulls with it, and is hidden in what the daemon then says",
 	"providers/gitea/client.go (identity).sign":          "the runner's token leaves for the server that gave it",
 	"providers/gitea/register.go (*Provider).register":   "the registration token leaves for the server",
 	"providers/gitea/gitea.go digest":                    "only whether the registration token is another one than before is kept",

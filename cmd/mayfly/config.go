@@ -75,6 +75,8 @@ func (w *wiring) checkRules(rules *policy.Policy) error {
 			errs = append(errs, fmt.Errorf("%s: runtime %q is not in the configuration", p.Rule, p.Runtime))
 		} else if p.Image != "" && section.Type == "native" {
 			errs = append(errs, checkImage(p, section))
+		} else if err := allowImage(section, p.Image); err != nil {
+			errs = append(errs, fmt.Errorf("%s: runtime %q: %w", p.Rule, p.Runtime, err))
 		}
 		if ok {
 			errs = append(errs, checkIsolation(p, section))
@@ -106,6 +108,25 @@ func checkImage(p policy.Place, section configs.Section) error {
 	}
 	if err != nil {
 		return fmt.Errorf("%s: image %s: %w", p.Rule, p.Image, err)
+	}
+	return nil
+}
+
+// allowImage refuses an image that a runtime over an engine would. What is wrong
+// with the section itself is said elsewhere.
+func allowImage(section configs.Section, image string) error {
+	if image == "" {
+		return nil
+	}
+	switch section.Type {
+	case "docker":
+		if c, err := dockerConfig(section); err == nil {
+			return c.Images.Allow(image)
+		}
+	case "containerd":
+		if c, err := containerdConfig(section); err == nil {
+			return c.Images.Allow(image)
+		}
 	}
 	return nil
 }

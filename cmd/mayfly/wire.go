@@ -27,7 +27,6 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox/containerd"
 	"github.com/mayfly-ci/mayfly/sandbox/docker"
 	"github.com/mayfly-ci/mayfly/sandbox/egress/gateway"
-	"github.com/mayfly-ci/mayfly/sandbox/engine"
 	"github.com/mayfly-ci/mayfly/sandbox/guest"
 	"github.com/mayfly-ci/mayfly/sandbox/native"
 	"github.com/mayfly-ci/mayfly/sandbox/wall"
@@ -161,54 +160,6 @@ func runtimeConfig(section configs.Section, weak bool) (any, error) {
 		return containerdConfig(section)
 	}
 	return nil, section.Errorf("type", "runtime %q: this agent has native, docker and containerd", section.Type)
-}
-
-func dockerConfig(section configs.Section) (docker.Config, error) {
-	var own struct {
-		Host    string `yaml:"host"`
-		Image   string `yaml:"image,required"`
-		Runtime string `yaml:"runtime"`
-	}
-	if err := section.Decode(&own); err != nil {
-		return docker.Config{}, err
-	}
-	if err := docker.CheckHost(own.Host); err != nil {
-		return docker.Config{}, section.Errorf("host", "%w", err)
-	}
-	return docker.Config{Host: own.Host, Image: own.Image, Runtime: own.Runtime}, nil
-}
-
-func containerdConfig(section configs.Section) (containerd.Config, error) {
-	var own struct {
-		Address     string `yaml:"address"`
-		Namespace   string `yaml:"namespace"`
-		Snapshotter string `yaml:"snapshotter"`
-		Image       string `yaml:"image,required"`
-		Runtime     string `yaml:"runtime"`
-		FirstID     uint32 `yaml:"first_id"`
-		Images      struct {
-			Pull       string   `yaml:"pull"`
-			From       []string `yaml:"from"`
-			DigestOnly bool     `yaml:"digest_only"`
-		} `yaml:"images"`
-	}
-	if err := section.Decode(&own); err != nil {
-		return containerd.Config{}, err
-	}
-	c := containerd.Config{
-		Address: own.Address, Namespace: own.Namespace, Snapshotter: own.Snapshotter,
-		Image: own.Image, Runtime: own.Runtime, FirstID: own.FirstID,
-		Images: engine.Images{Pull: engine.When(own.Images.Pull), From: own.Images.From, DigestOnly: own.Images.DigestOnly},
-	}
-	for _, check := range []struct {
-		key string
-		err error
-	}{{"address", containerd.CheckAddress(c.Address)}, {"images", c.Images.Check()}, {"image", c.Images.Allow(c.Image)}, {"namespace", containerd.CheckNamespace(c.Namespace)}} {
-		if check.err != nil {
-			return containerd.Config{}, section.Errorf(check.key, "%w", check.err)
-		}
-	}
-	return c, nil
 }
 
 func (w *wiring) issuers() error {

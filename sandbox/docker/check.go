@@ -33,6 +33,12 @@ func (r *Runtime) Check(ctx context.Context) (claims []sandbox.Claim, err error)
 	if missing := unlimited(info); len(missing) > 0 {
 		return missing, fmt.Errorf("docker: the daemon cannot limit containers, and boxes without limits are not made: %w", sandbox.ErrUnsupported)
 	}
+	// What is there is not asked for here, whatever Pull says: a registry that is
+	// away keeps no agent from starting.
+	base, err := r.pull(ctx, sandbox.Pull{Image: r.cfg.Image}, engine.Missing)
+	if err != nil {
+		return nil, fmt.Errorf("docker: check: image %s: %w", r.cfg.Image, err)
+	}
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
 		defer cancel()
@@ -40,6 +46,7 @@ func (r *Runtime) Check(ctx context.Context) (claims []sandbox.Claim, err error)
 	}()
 	b, err := r.Create(ctx, name, sandbox.Spec{
 		Labels:  sandbox.Labels{Owner: r.cfg.Owner},
+		Image:   base.Ref,
 		Expires: time.Now().Add(time.Minute),
 	})
 	if err != nil {
@@ -52,7 +59,7 @@ func (r *Runtime) Check(ctx context.Context) (claims []sandbox.Claim, err error)
 	if err != nil {
 		return nil, fmt.Errorf("docker: check: %w", err)
 	}
-	return r.claims(info, uid), nil
+	return r.claims(info, uid, base), nil
 }
 
 // unlimited are the claims that do not hold because the daemon has no control
@@ -72,7 +79,7 @@ func unlimited(info system.Info) []sandbox.Claim {
 	return out
 }
 
-func (r *Runtime) claims(info system.Info, uid int) []sandbox.Claim {
+func (r *Runtime) claims(info system.Info, uid int, base sandbox.Image) []sandbox.Claim {
 	about := fmt.Sprintf("Docker %s, %s", info.ServerVersion, info.Driver)
 	groups := fmt.Sprintf("control groups version %s, seen in the kernel for each box", info.CgroupVersion)
 	ids := sandbox.Claim{Name: "user id range", Detail: "root of a box is root outside, without its capabilities: start the daemon with userns-remap"}
@@ -100,6 +107,7 @@ func (r *Runtime) claims(info system.Info, uid int) []sandbox.Claim {
 		{Name: "process limit", Enforced: true, Detail: groups},
 		{Name: "disk limit", Enforced: true, Detail: "the image below a file system of that size and number of files per box"},
 		ids,
-		{Name: "base", Enforced: true, Detail: "the image " + r.cfg.Image + ", copy-on-write"},
+		{Name: "base", Enforced: true, Detail: "the image " + r.cfg.Image + ", " + base.Digest + ", copy-on-write"},
+		{Name: "images", Enforced: true, Detail: r.cfg.Images.String()},
 	}
 }

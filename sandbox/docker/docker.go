@@ -18,9 +18,9 @@
 // agent ends what runs, whatever the daemon does.
 //
 // The daemon must be on this machine, in its pid namespace, and see the state
-// directory at the same path. Images are never pulled: one that is not there is
-// sandbox.ErrUnsupported. The engine's variables of the environment are not
-// read.
+// directory at the same path. It pulls images, if it is told to (Pull); Create
+// asks no registry. The engine's variables of the environment and its
+// config.json are not read.
 //
 // The client is github.com/docker/docker/client, of the owner's choice. That
 // module is frozen at v28, and its successor's parts (github.com/moby/moby/client)
@@ -59,6 +59,8 @@ type Config struct {
 	Host string
 	// Image is that of boxes whose Spec has none: a tag, a digest or an id.
 	Image string
+	// Images say which images the daemon is told to pull.
+	Images engine.Images
 	// Runtime names an OCI runtime of the daemon that runs processes on the
 	// kernel of this machine, as runc does. The default is the daemon's.
 	Runtime string
@@ -78,7 +80,10 @@ type Runtime struct {
 	state   *engine.State
 }
 
-var _ sandbox.Runtime = (*Runtime)(nil)
+var (
+	_ sandbox.Runtime = (*Runtime)(nil)
+	_ sandbox.Puller  = (*Runtime)(nil)
+)
 
 // CheckHost refuses the address of a daemon that cannot be on this machine, with
 // sandbox.ErrUnsupported. "" is DefaultHost.
@@ -99,6 +104,9 @@ func (c *Config) complete() error {
 	}
 	if c.Image == "" {
 		return errors.New("docker: no image: name the one that boxes have if a rule names none")
+	}
+	if err := errors.Join(c.Images.Check(), c.Images.Allow(c.Image)); err != nil {
+		return fmt.Errorf("docker: %w", err)
 	}
 	if c.Trace == nil {
 		c.Trace = func(string) {}

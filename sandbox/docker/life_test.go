@@ -18,8 +18,10 @@ import (
 )
 
 // TestLife: the tests that share a daemon, since one takes seconds to start.
-func TestLife(t *testing.T) {
-	d := dockertest.Start(t)
+func TestLife(t *testing.T) { each(t, life) }
+
+func life(t *testing.T, e dockertest.Engine) {
+	d := e.Start(t)
 	for name, test := range map[string]func(*testing.T, *dockertest.Daemon){
 		"box": testBox, "images": testImages, "stranger": testStranger, "killed agent": testKilledAgent,
 		"in flight": testInFlight, "check": testCheck, "honest builds": testHonestBuilds, "list without state": testLostState,
@@ -233,8 +235,8 @@ func testCheck(t *testing.T, d *dockertest.Daemon) {
 	}
 	nothingLeft(t, d, cfg.StateDir)
 	cfg.Image = "mayfly-test/absent:1"
-	if _, err := newRuntime(t, cfg).Check(bounded(t)); !errors.Is(err, sandbox.ErrUnsupported) || !strings.Contains(err.Error(), cfg.Image) {
-		t.Errorf("without the image: got %v, want ErrUnsupported and its name", err)
+	if _, err := newRuntime(t, cfg).Check(bounded(t)); !errors.Is(err, sandbox.ErrImage) || !strings.Contains(err.Error(), cfg.Image) {
+		t.Errorf("without the image: got %v, want ErrImage and its name", err)
 	}
 	cfg.Image, cfg.Runtime = dockertest.Busybox, "absent"
 	if _, err := newRuntime(t, cfg).Check(bounded(t)); err == nil {

@@ -100,7 +100,8 @@ type Name struct {
 	Digest     string // "sha256:…" of an id, or of the manifest; "" if there is a tag only
 }
 
-func isDigest(s string) bool {
+// IsDigest reports whether s is sha256: and 64 hexadecimal digits.
+func IsDigest(s string) bool {
 	ok, err := regexp.MatchString(`^sha256:[0-9a-f]{64}$`, s)
 	return ok && err == nil
 }
@@ -110,7 +111,7 @@ func isDigest(s string) bool {
 // sandbox.ErrImage.
 func ParseName(s string) (Name, error) {
 	for _, id := range []string{s, "sha256:" + s} {
-		if isDigest(id) {
+		if IsDigest(id) {
 			return Name{Full: id, Digest: id}, nil
 		}
 	}
@@ -122,7 +123,7 @@ func ParseName(s string) (Name, error) {
 	if d, ok := ref.(reference.Digested); ok {
 		n.Digest = d.Digest().String() // a tag that is written too means nothing
 		n.Full = n.Repository + "@" + n.Digest
-		if !isDigest(n.Digest) {
+		if !IsDigest(n.Digest) {
 			return Name{}, fmt.Errorf("%w: name %.300q: a digest is sha256: and 64 hexadecimal digits", sandbox.ErrImage, s)
 		}
 		return n, nil
