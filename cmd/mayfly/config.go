@@ -38,13 +38,28 @@ func runConfig(c *call) error {
 	if err := checkNames(cfg, rules); err != nil {
 		return exitError{exitUsage, err}
 	}
+	warnings := idle(cfg, rules)
 	text := fmt.Sprintf("%s is good: %d slots, policy %s\n", o.args[1], cfg.Slots, rules.Digest())
-	facts := map[string]any{"file": o.args[1], "slots": cfg.Slots, "policy": rules.Digest()}
+	facts := map[string]any{"file": o.args[1], "slots": cfg.Slots, "policy": rules.Digest(), "warnings": warnings}
 	if cfg.Warm.Boxes > 0 {
 		text += warmText(cfg, rules) + "\n"
 		facts["warm"] = cfg.Warm.Boxes * runner.Classes(rules)
 	}
+	for _, w := range warnings {
+		text += "warning: " + w + "\n"
+	}
 	return c.print(o, facts, text)
+}
+
+// idle is what the policy says and the configuration makes meaningless.
+func idle(cfg *configs.Config, rules *policy.Policy) []string {
+	warnings := []string{}
+	for _, p := range rules.Places() {
+		if p.Keeps && cfg.Keep == 0 {
+			warnings = append(warnings, p.Rule+": keep-on-failure: no box is kept, for the configuration has keep: 0")
+		}
+	}
+	return warnings
 }
 
 // checkNames looks for names in the policy that the configuration does not

@@ -192,6 +192,7 @@ type Place struct {
 	Rule    string // "policy.yaml:12 main-builds"
 	Runtime string
 	Image   string
+	Keeps   bool // the box of a failed job
 
 	Isolation sandbox.Isolation
 }
@@ -201,7 +202,7 @@ type Place struct {
 func (p *Policy) Places() []Place {
 	var ps []Place
 	for _, r := range p.rules {
-		ps = append(ps, Place{r.plan.Rule, r.plan.Runtime, r.plan.Image, r.plan.Isolation})
+		ps = append(ps, Place{r.plan.Rule, r.plan.Runtime, r.plan.Image, r.plan.Keep > 0, r.plan.Isolation})
 	}
 	return ps
 }
