@@ -38,7 +38,8 @@ func TestPull(t *testing.T) {
 				{"index", pullIndex},
 				{"refused", pullRefused},
 				{"secrets", pullSecrets},
-				{"pruned", pullPruned}, {"hostile", pullHostile},
+				{"pruned", pullPruned},
+				{"hostile", pullHostile},
 			} {
 				t.Run(c.name, func(t *testing.T) { c.test(t, d, from) })
 			}
@@ -237,7 +238,9 @@ func pullHostile(t *testing.T, d *containerdtest.Daemon, from *testRegistry) {
 	cfg.Images.From = []string{"127.0.0.1:*/**"}
 	r := newRuntime(t, cfg)
 	for i, h := range []tar.Header{
-		{Name: "dev", Typeflag: tar.TypeSymlink, Linkname: "/etc"}, {Name: "proc", Typeflag: tar.TypeReg}, {Name: "sys", Typeflag: tar.TypeSymlink, Linkname: "/"},
+		{Name: "dev", Typeflag: tar.TypeSymlink, Linkname: "/etc"},
+		{Name: "proc", Typeflag: tar.TypeReg},
+		{Name: "sys", Typeflag: tar.TypeSymlink, Linkname: "/"},
 		{Name: "etc", Typeflag: tar.TypeSymlink, Linkname: "/proc/sys/kernel"},
 	} {
 		var layer bytes.Buffer
