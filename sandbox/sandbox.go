@@ -168,7 +168,8 @@ type Sandbox interface {
 	// reaches nothing. It is called once, before the first Run.
 	Attach(ctx context.Context) (Sockets, error)
 
-	// Run executes p and waits for it and for its output. When ctx ends it
+	// Run executes p and waits for it and for its output. One process runs at a
+	// time, and one beside it. When ctx ends it
 	// interrupts p, then terminates it, then kills it, with p.Grace between,
 	// and returns what became of it together with context.Cause(ctx). A
 	// process that cannot be started is Exit{Code: 127 or 126} and its reason
@@ -210,10 +211,14 @@ type Outcome struct {
 
 // A Process is a command to run in a box.
 type Process struct {
-	Args   []string
-	Env    []string // all of it: nothing is inherited
-	Dir    string   // absolute; "" is the workspace
-	Stdout Output   // nil discards
+	Args []string
+	Env  []string // all of it: nothing is inherited
+	Dir  string   // absolute; "" is the workspace
+	// User is a name or id, and group behind a colon, as the files of the box
+	// know them; "" is root. One that is not there is Exit{Code: 126}. A process
+	// of another user gets his HOME, unless Env has one.
+	User   string
+	Stdout Output // nil discards
 	Stderr Output
 	Grace  time.Duration // between interrupt, terminate and kill; 0 is the runtime's default
 
@@ -228,6 +233,8 @@ type Process struct {
 	// Alone kills every other process of the box first, whoever started it.
 	// They are gone, or Run returns ErrDied, even if p cannot be started.
 	Alone bool
+	// Beside runs p while another process runs: a look at a server, say.
+	Beside bool
 }
 
 // A TTY is a terminal for a process.

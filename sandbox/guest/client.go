@@ -24,8 +24,8 @@ import (
 )
 
 var (
-	// ErrBusy reports a Run while another process of the same box runs. A box
-	// runs one process at a time; waiting would hide a mistake of the caller.
+	// ErrBusy reports a Run while another process of the same box runs, or one
+	// beside it while there is one. Waiting would hide a mistake of the caller.
 	ErrBusy = errors.New("a process of this box is running")
 
 	// ErrRefused reports a transfer that the contract forbids: an entry that
@@ -70,23 +70,25 @@ func (c Config) validate() (Config, error) {
 }
 
 // A Client drives one guest. Its methods may be called by several goroutines:
-// one Run and one Probe at a time, and beside them Put and Get, which wait for
-// each other.
+// one Run, one beside it and one Probe at a time, and beside them Put and Get,
+// which wait for each other.
 type Client struct {
-	conn   io.ReadWriteCloser
-	reader *wire.Reader
-	grace  time.Duration
-	wait   time.Duration
-	write  sync.Mutex    // held for the time of one write
-	lane   chan struct{} // holds a token while a transfer is under way
-	done   chan struct{} // closed when the guest is dead
-	ended  chan struct{} // closed when the reading goroutine has returned
+	conn     io.ReadWriteCloser
+	reader   *wire.Reader
+	grace    time.Duration
+	wait     time.Duration
+	write    sync.Mutex    // held for the time of one write; guards selected
+	selected int           // the process that frames from us are about
+	about    int           // the process that frames from the guest are about; of the reading goroutine
+	lane     chan struct{} // holds a token while a transfer is under way
+	done     chan struct{} // closed when the guest is dead
+	ended    chan struct{} // closed when the reading goroutine has returned
 
-	mu       sync.Mutex          // guards what follows
-	err      error               // why the guest is dead
-	process  *process            // what Run is following, or nil
-	transfer *transfer           // what Put or Get is waiting for, or nil
-	probed   chan []wire.Outcome // what Probe is waiting for, or nil
+	mu        sync.Mutex               // guards what follows
+	err       error                    // why the guest is dead
+	processes [wire.Processes]*process // what Run is following, or nil
+	transfer  *transfer                // what Put or Get is waiting for, or nil
+	probed    chan []wire.Outcome      // what Probe is waiting for, or nil
 }
 
 // New waits for the hello of the guest at the other end of conn and returns its
@@ -206,11 +208,16 @@ func (c *Client) dispatch(t wire.Type, p []byte) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch t {
+	case wire.Select:
+		n, err := wire.ParseSelect(p)
+		c.about = n
+		return err
 	case wire.Stdout, wire.Stderr, wire.Exit, wire.InputGrant:
-		if c.process == nil {
+		r := c.processes[c.about]
+		if r == nil {
 			return fmt.Errorf("%w: type %d, but no process runs", wire.ErrFrame, t)
 		}
-		return c.process.receive(t, p)
+		return r.receive(t, p)
 	case wire.Grant, wire.FileData, wire.Result:
 		if c.transfer == nil {
 			return fmt.Errorf("%w: type %d, but no transfer is under way", wire.ErrFrame, t)
@@ -223,10 +230,28 @@ func (c *Client) dispatch(t wire.Type, p []byte) error {
 	}
 }
 
+// sendTo is send for frames about a process.
+func (c *Client) sendTo(process int, frames []byte) error {
+	c.write.Lock()
+	defer c.write.Unlock()
+	if c.selected != process {
+		if err := c.emit(wire.AppendSelect(nil, process)); err != nil {
+			return err
+		}
+		c.selected = process
+	}
+	return c.emit(frames)
+}
+
 // send writes whole frames. A guest that does not read them in time is dead.
 func (c *Client) send(frames []byte) error {
 	c.write.Lock()
 	defer c.write.Unlock()
+	return c.emit(frames)
+}
+
+// emit is send for who holds the lock.
+func (c *Client) emit(frames []byte) error {
 	guard := time.AfterFunc(c.wait, func() {
 		c.kill(fmt.Errorf("the guest has not read for %v", c.wait))
 	})

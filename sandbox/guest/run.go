@@ -13,6 +13,7 @@ import (
 
 // A process is the guest's half of a Run: what the reading goroutine knows of it.
 type process struct {
+	number int // 0, or 1 for one that runs beside another
 	output *wire.Inbox
 	credit *wire.Credit  // for input; nil if there is none
 	exit   sandbox.Exit  // valid when exited is closed
@@ -55,7 +56,7 @@ func (r *process) receive(t wire.Type, p []byte) error {
 // Run implements sandbox.Sandbox. The guest cannot see why the kernel killed a
 // process: a runtime that can sets Exit.OOM. Both outputs are called by the
 // calling goroutine, and Run does not return before they do. A second Run while
-// one is under way is ErrBusy. If the guest dies, what it had sent is delivered
+// one is under way is ErrBusy, unless it is one that runs beside. If the guest dies, what it had sent is delivered
 // before ErrDied is returned.
 func (c *Client) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, error) {
 	if ctx.Err() != nil {
@@ -74,6 +75,9 @@ func (c *Client) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, erro
 		return tooLong(p)
 	}
 	r := &process{output: wire.NewInbox(), exited: make(chan struct{})}
+	if p.Beside {
+		r.number = 1
+	}
 	command := command(p)
 	if command.Input != wire.Nothing {
 		r.credit = wire.NewCredit()
@@ -81,8 +85,8 @@ func (c *Client) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, erro
 	if err := c.adopt(r); err != nil {
 		return sandbox.Exit{}, err
 	}
-	defer c.abandon()
-	if err := c.send(wire.AppendStart(nil, command)); err != nil {
+	defer c.abandon(r)
+	if err := c.sendTo(r.number, wire.AppendStart(nil, command)); err != nil {
 		return sandbox.Exit{}, err
 	}
 	f := follower{client: c, process: r, spec: p, stopping: make(chan struct{})}
@@ -91,7 +95,7 @@ func (c *Client) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, erro
 
 // command is p in the words of the protocol.
 func command(p sandbox.Process) wire.Command {
-	c := wire.Command{Dir: p.Dir, Args: p.Args, Env: p.Env, Alone: p.Alone}
+	c := wire.Command{Dir: p.Dir, Args: p.Args, Env: p.Env, Alone: p.Alone, User: p.User}
 	switch {
 	case p.TTY != nil:
 		c.Input, c.Size = wire.Terminal, wire.Size(p.TTY.Size)
@@ -103,7 +107,7 @@ func command(p sandbox.Process) wire.Command {
 
 // startSize is the size of the payload of a Start for p.
 func startSize(p sandbox.Process) int {
-	size := wire.StartHead + 4 + len(p.Dir) + 4
+	size := wire.StartHead + 4 + len(p.User) + 4 + len(p.Dir) + 4
 	for _, s := range p.Args {
 		size += 4 + len(s)
 	}
@@ -132,18 +136,18 @@ func (c *Client) adopt(r *process) error {
 	if c.err != nil {
 		return c.err
 	}
-	if c.process != nil {
+	if c.processes[r.number] != nil {
 		return ErrBusy
 	}
-	c.process = r
+	c.processes[r.number] = r
 	return nil
 }
 
-// abandon makes room for the next process.
-func (c *Client) abandon() {
+// abandon makes room for the next process after r.
+func (c *Client) abandon(r *process) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.process = nil
+	c.processes[r.number] = nil
 }
 
 // A follower is the agent's half of a Run.
@@ -256,7 +260,7 @@ func (f *follower) feed() {
 		case <-f.client.done:
 			return
 		}
-		if f.client.send(frame) != nil {
+		if f.client.sendTo(f.process.number, frame) != nil {
 			return
 		}
 	}
@@ -277,7 +281,7 @@ func (f *follower) input(b []byte) bool {
 			}
 		}
 		frame := append(wire.AppendHeader(make([]byte, 0, wire.HeaderSize+n), wire.Input, n), b[:n]...)
-		if f.client.send(frame) != nil {
+		if f.client.sendTo(f.process.number, frame) != nil {
 			return false
 		}
 		b = b[n:]
@@ -333,5 +337,5 @@ func (f *follower) output(t wire.Type, p []byte) {
 
 // tell sends a number. If that fails the client is dead, which follow sees.
 func (f *follower) tell(t wire.Type, n int) {
-	_ = f.client.send(wire.AppendUint32(nil, t, uint32(n)))
+	_ = f.client.sendTo(f.process.number, wire.AppendUint32(nil, t, uint32(n)))
 }

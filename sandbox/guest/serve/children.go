@@ -17,18 +17,19 @@ type children struct {
 	// mu is held while a process is started or reaped, so that no process is
 	// reaped before it is known what it is, and for the time of a kill, so
 	// that process ids keep their meaning.
-	mu     sync.Mutex
-	change *sync.Cond
-	some   bool // there may be a child to wait for
-	closed bool
-	pid    int // of the step, 0 if none or reaped
-	exited chan unix.WaitStatus
+	mu      sync.Mutex
+	change  *sync.Cond
+	some    bool // there may be a child to wait for
+	closed  bool
+	running map[int]chan unix.WaitStatus // steps that are not reaped, by their pid
 }
 
 func newChildren() *children {
-	c := &children{init: os.Getpid() == 1}
+	c := &children{init: os.Getpid() == 1, running: make(map[int]chan unix.WaitStatus)}
 	c.change = sync.NewCond(&c.mu)
-	go c.reap()
+	if c.init {
+		go c.reap()
+	}
 	return c
 }
 
@@ -40,10 +41,19 @@ func (c *children) begin(start func() (pid int, err error)) (pid int, exited <-c
 	if err != nil {
 		return 0, nil, err
 	}
-	c.pid, c.exited, c.some = pid, make(chan unix.WaitStatus, 1), true
-	c.change.Signal()
-	return pid, c.exited, nil
+	status := make(chan unix.WaitStatus, 1)
+	c.running[pid], c.some = status, true
+	if c.init {
+		c.change.Signal()
+	} else {
+		go c.reapOne(pid)
+	}
+	return pid, status, nil
 }
+
+// runs reports whether the process is a step's that has not been reaped. The
+// caller holds mu.
+func (c *children) runs(pid int) bool { return c.running[pid] != nil }
 
 // close lets reap return when the last child has ended. It does not wait for
 // that: process 1 exits and takes its children with it.
@@ -62,35 +72,34 @@ func (c *children) reap() {
 		for !c.some && !c.closed {
 			c.change.Wait()
 		}
-		kind, id, finished := unix.P_ALL, 0, !c.some
-		if !c.init {
-			kind, id = unix.P_PID, c.pid
-		}
+		finished := !c.some
 		c.mu.Unlock()
 		if finished {
 			return
 		}
-		err := unix.Waitid(kind, id, nil, unix.WEXITED|unix.WNOWAIT, nil)
-		if errors.Is(err, unix.EINTR) {
-			continue
+		if wait(unix.P_ALL, 0) {
+			c.collect(-1)
 		}
-		c.collect()
 	}
 }
 
-// collect reaps every child that has ended.
-func (c *children) collect() {
+// reapOne is reap for one child of a process that has others.
+func (c *children) reapOne(pid int) {
+	for !wait(unix.P_PID, pid) {
+	}
+	c.collect(pid)
+}
+
+// wait sleeps until a child has ended. It reports false if it was woken early.
+func wait(kind, id int) bool {
+	return !errors.Is(unix.Waitid(kind, id, nil, unix.WEXITED|unix.WNOWAIT, nil), unix.EINTR)
+}
+
+// collect reaps every child that has ended, or the one.
+func (c *children) collect(which int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for {
-		which := -1
-		if !c.init {
-			which = c.pid
-		}
-		if which == 0 {
-			c.some = false
-			return
-		}
 		var status unix.WaitStatus
 		pid, err := unix.Wait4(which, &status, unix.WNOHANG, nil)
 		switch {
@@ -100,9 +109,9 @@ func (c *children) collect() {
 			return
 		case pid == 0:
 			return
-		case pid == c.pid:
-			c.pid = 0
-			c.exited <- status
+		case c.running[pid] != nil:
+			c.running[pid] <- status
+			delete(c.running, pid)
 		}
 	}
 }

@@ -70,7 +70,7 @@ func (f *family) signal(s unix.Signal) {
 	f.children.mu.Lock()
 	defer f.children.mu.Unlock()
 	f.look()
-	if f.children.pid == f.leader { // else it has ended, and the id may be another's
+	if f.children.runs(f.leader) { // else it has ended, and the id may be another's
 		_ = unix.Kill(-f.leader, s) // a group that has gone needs no signal
 	}
 }
@@ -97,7 +97,7 @@ func (f *family) kill() {
 	for pid := range f.members {
 		_ = unix.Kill(pid, unix.SIGKILL) // it has gone
 	}
-	if f.children.pid == f.leader {
+	if f.children.runs(f.leader) {
 		_ = unix.Kill(-f.leader, unix.SIGKILL) // the same
 	}
 }

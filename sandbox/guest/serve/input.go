@@ -129,7 +129,7 @@ func (s *streams) closeInput() {
 // feed gives the agent's input to the step. Once the step takes no more it
 // throws the rest away, so that nobody waits for it.
 func (g *guest) feed(s *step, to *streams) {
-	in := &incoming{guest: g, transfer: s.input, grant: wire.InputGrant}
+	in := &incoming{guest: g, transfer: s.input, step: s}
 	_, err := io.CopyBuffer(writer{to.input}, in, make([]byte, scratchSize))
 	if s.command.Input == wire.Pipe {
 		to.closeInput()
@@ -160,7 +160,7 @@ func (s *step) resize(size wire.Size) {
 
 // dispatchInput is dispatch for what a process reads. The caller holds g.mu.
 func (g *guest) dispatchInput(t wire.Type, p []byte) error {
-	s := g.step
+	s := g.steps[g.about]
 	size, err := wire.ParseResize(p)
 	switch {
 	case t == wire.Resize && err != nil:

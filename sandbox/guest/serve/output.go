@@ -107,7 +107,7 @@ func (g *guest) copy(s *step, t wire.Type, p *pipe, copied *sync.WaitGroup) {
 // and what was in the pipe by then has been read. It reports true if the pipe
 // is still open.
 func (g *guest) copyStep(s *step, t wire.Type, p *pipe) (open bool) {
-	b := g.buffer(t)
+	b := g.buffer(s, t)
 	for {
 		n, err := p.file.Read(b[outputHeader:])
 		at := time.Now()
@@ -134,9 +134,9 @@ func (g *guest) copyStep(s *step, t wire.Type, p *pipe) (open bool) {
 	return true
 }
 
-// buffer returns the buffer of stdout or stderr. One step runs at a time.
-func (g *guest) buffer(t wire.Type) []byte {
-	b := &g.buffers[t-wire.Stdout]
+// buffer returns the buffer of stdout or stderr. One step of a number runs at a time.
+func (g *guest) buffer(s *step, t wire.Type) []byte {
+	b := &g.buffers[s.number][t-wire.Stdout]
 	if *b == nil {
 		*b = make([]byte, outputHeader+wire.MaxData)
 	}
@@ -155,7 +155,7 @@ func (g *guest) print(s *step, t wire.Type, b []byte, at time.Time) bool {
 	}
 	wire.PutHeader(b, t, len(b)-wire.HeaderSize)
 	wire.PutStamp(b[wire.HeaderSize:], at.UnixNano())
-	g.say(b)
+	g.tell(s, b)
 	return true
 }
 

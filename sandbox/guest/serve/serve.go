@@ -69,16 +69,18 @@ type guest struct {
 	start    startFunc
 	children *children
 	tails    *tails
-	buffers  [2][]byte     // of the step's stdout and stderr, made for the first
-	scratch  []byte        // of the Put under way, made for the first
-	write    sync.Mutex    // held for one write
-	done     chan struct{} // closed when the stream has ended
+	buffers  [wire.Processes][2][]byte // of a step's stdout and stderr, made for the first
+	scratch  []byte                    // of the Put under way, made for the first
+	write    sync.Mutex                // held for one write; guards selected
+	selected int                       // the step that frames from us are about
+	about    int                       // the step that frames from the agent are about; of serve
+	done     chan struct{}             // closed when the stream has ended
 	tasks    sync.WaitGroup
 
 	mu       sync.Mutex // guards what follows
 	err      error      // why the stream has ended
-	step     *step      // the process that runs, or nil
-	transfer *transfer  // the Put or Get under way, or nil
+	steps    [wire.Processes]*step // the processes that run, or nil
+	transfer *transfer             // the Put or Get under way, or nil
 	probing  bool
 }
 
@@ -147,10 +149,26 @@ func (g *guest) end(reason error) {
 	}
 }
 
+// tell is say for a frame about a step.
+func (g *guest) tell(s *step, frame []byte) {
+	g.write.Lock()
+	defer g.write.Unlock()
+	if g.selected != s.number {
+		g.selected = s.number
+		g.emit(wire.AppendSelect(nil, s.number))
+	}
+	g.emit(frame)
+}
+
 // say writes whole frames. An error ends the guest.
 func (g *guest) say(frames []byte) {
 	g.write.Lock()
 	defer g.write.Unlock()
+	g.emit(frames)
+}
+
+// emit is say for who holds the lock.
+func (g *guest) emit(frames []byte) {
 	if _, err := g.conn.Write(frames); err != nil {
 		g.end(fmt.Errorf("stream: %w", err))
 	}
@@ -162,25 +180,31 @@ func (g *guest) dispatch(t wire.Type, p []byte) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	switch t {
+	case wire.Select:
+		n, err := wire.ParseSelect(p)
+		if err != nil {
+			return fmt.Errorf("%w: select", ErrProtocol)
+		}
+		g.about = n
 	case wire.Start:
 		c, err := wire.ParseStart(p)
-		if err != nil || g.step != nil || g.err != nil {
+		if err != nil || g.steps[g.about] != nil || g.err != nil {
 			return fmt.Errorf("%w: start", ErrProtocol)
 		}
-		s := newStep(c)
-		g.step = s
+		s := newStep(g.about, c)
+		g.steps[g.about] = s
 		g.tasks.Go(func() { g.run(s) })
 	case wire.Stop:
 		n, err := wire.ParseUint32(p)
 		if err != nil {
 			return fmt.Errorf("%w: stop", ErrProtocol)
 		}
-		if g.step != nil {
-			g.step.stopAfter(time.Duration(n) * time.Millisecond)
+		if s := g.steps[g.about]; s != nil {
+			s.stopAfter(time.Duration(n) * time.Millisecond)
 		}
 	case wire.Grant:
 		n, err := wire.ParseUint32(p)
-		if err != nil || (g.step != nil && !g.step.credit.Add(n)) {
+		if s := g.steps[g.about]; err != nil || (s != nil && !s.credit.Add(n)) {
 			return fmt.Errorf("%w: grant", ErrProtocol)
 		}
 	case wire.Input, wire.InputEnd, wire.Resize:

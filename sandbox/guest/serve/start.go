@@ -114,6 +114,10 @@ func (s *starter) start(c wire.Command, files [3]int) (int, error) {
 			files[i] = int(s.null.Fd())
 		}
 	}
+	who, err := account(&c, files)
+	if err != nil {
+		return 0, &startError{statusCannot, err}
+	}
 	program, err := find(c)
 	if err != nil {
 		return 0, err
@@ -125,7 +129,7 @@ func (s *starter) start(c wire.Command, files [3]int) (int, error) {
 		Dir:   c.Dir,
 		Env:   c.Env,
 		Files: []uintptr{uintptr(files[0]), uintptr(files[1]), uintptr(files[2])},
-		Sys:   &syscall.SysProcAttr{Setsid: true, Setctty: c.Input == wire.Terminal}, // Ctty is 0
+		Sys:   &syscall.SysProcAttr{Setsid: true, Setctty: c.Input == wire.Terminal, Credential: who}, // Ctty is 0
 	})
 	// It was possible when the guest began and nobody can have forbidden it
 	// since; if it fails all the same, the step runs and only the order in

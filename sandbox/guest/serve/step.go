@@ -17,8 +17,9 @@ import (
 // What the process itself had written is always read.
 const drainTime = 250 * time.Millisecond
 
-// A step is the process that the agent has started, from Start to Exit.
+// A step is a process that the agent has started, from Start to Exit.
 type step struct {
+	number  int // 0, or 1 for one beside another
 	command wire.Command
 	credit  *wire.Credit       // for output
 	input   *transfer          // nil if it reads /dev/null
@@ -27,8 +28,8 @@ type step struct {
 	terminal syscall.RawConn // nil if it has none, or not yet; guest.mu guards it
 }
 
-func newStep(c wire.Command) *step {
-	s := &step{command: c, credit: wire.NewCredit(), stop: make(chan time.Duration, 1)}
+func newStep(number int, c wire.Command) *step {
+	s := &step{number: number, command: c, credit: wire.NewCredit(), stop: make(chan time.Duration, 1)}
 	if c.Input != wire.Nothing {
 		s.input = newTransfer()
 	}
@@ -47,12 +48,12 @@ func (s *step) stopAfter(grace time.Duration) {
 func (g *guest) run(s *step) {
 	status := g.execute(s)
 	g.mu.Lock()
-	g.step = nil // before the agent can know
+	g.steps[s.number] = nil // before the agent can know
 	g.mu.Unlock()
 	if status.Signaled() {
-		g.say(wire.AppendExit(nil, 0, byte(status.Signal())))
+		g.tell(s, wire.AppendExit(nil, 0, byte(status.Signal())))
 	} else {
-		g.say(wire.AppendExit(nil, byte(status.ExitStatus()), 0))
+		g.tell(s, wire.AppendExit(nil, byte(status.ExitStatus()), 0))
 	}
 }
 

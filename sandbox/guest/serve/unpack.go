@@ -24,7 +24,7 @@ const (
 
 // put unpacks what comes in below dir.
 func (g *guest) put(x *transfer, dir string) {
-	in := &incoming{guest: g, transfer: x, grant: wire.Grant}
+	in := &incoming{guest: g, transfer: x}
 	root, err := openDirectory(g.files.root, dir)
 	if err == nil {
 		if g.scratch == nil {
@@ -41,7 +41,7 @@ func (g *guest) put(x *transfer, dir string) {
 type incoming struct {
 	guest    *guest
 	transfer *transfer
-	grant    wire.Type
+	step     *step  // that the input is of; nil for a Put
 	batch    []byte // frames taken from the inbox
 	rest     []byte // of batch, frames not read yet
 	data     []byte // of the frame being read
@@ -80,9 +80,15 @@ func (in *incoming) Read(b []byte) (int, error) {
 }
 
 func (in *incoming) pay(n int) {
-	if in.unpaid += n; in.unpaid >= wire.GrantAt {
-		in.guest.say(wire.AppendUint32(nil, in.grant, uint32(in.unpaid))) // at most a window
-		in.unpaid = 0
+	if in.unpaid += n; in.unpaid < wire.GrantAt {
+		return
+	}
+	unpaid := uint32(in.unpaid) // at most a window
+	in.unpaid = 0
+	if in.step != nil {
+		in.guest.tell(in.step, wire.AppendUint32(nil, wire.InputGrant, unpaid))
+	} else {
+		in.guest.say(wire.AppendUint32(nil, wire.Grant, unpaid))
 	}
 }
 

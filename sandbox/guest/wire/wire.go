@@ -7,6 +7,8 @@
 // wait for each other: the process (Start, Input, Stop, Stdout, Stderr, Exit),
 // the transfer (Put or Get) and the probe. Each holds at most one thing at a time
 // and frames of a conversation keep their order, so frames carry no numbers.
+// There may be a second process beside the first: Select says, in each direction,
+// which of the two the frames of processes that follow are about.
 //
 //	guest                                agent
 //	  Hello ────────────────────────────▶
@@ -47,8 +49,8 @@ const Version = 3
 // a guest whose runtime can hand it no descriptor.
 const Address = "@mayfly-guest"
 
-// A Type says what a frame is. The two directions share no type but Grant, so
-// an end that is fed its own output refuses it.
+// A Type says what a frame is. The two directions share no type but Grant and
+// Select, so an end that is fed its own output refuses it.
 type Type byte
 
 // Frames from the agent to the guest.
@@ -66,8 +68,15 @@ const (
 	Probe                    // try sockets: AppendProbe
 )
 
-// Grant lets the other end send more bytes: uint32, headers included.
-const Grant Type = 32
+// Frames of both directions.
+const (
+	Grant  Type = 32 + iota // lets the other end send more bytes: uint32, headers included
+	Select                  // what follows of processes is about this one: AppendSelect
+)
+
+// Processes is how many may run at a time: the first, and one beside it. A
+// stream begins with the first selected, in both directions.
+const Processes = 2
 
 // Frames from the guest to the agent.
 const (
@@ -134,6 +143,8 @@ func limit(s Side, t Type) int {
 			return MaxStart
 		case Stop, Grant:
 			return 4
+		case Select:
+			return 1
 		case PutOpen:
 			return MaxPath
 		case PutData, Input:
@@ -154,6 +165,8 @@ func limit(s Side, t Type) int {
 		return helloSize
 	case Grant, InputGrant:
 		return 4
+	case Select:
+		return 1
 	case Stdout, Stderr:
 		return StampSize + MaxData
 	case Exit:
@@ -198,6 +211,7 @@ type Command struct {
 	Input Source
 	Size  Size // of a Terminal; zero for the others
 	Alone bool // kill every other process of the box first
+	User  string
 	Dir   string
 	Args  []string
 	Env   []string
@@ -237,6 +251,20 @@ func ParseUint32(p []byte) (uint32, error) {
 		return 0, ErrFrame
 	}
 	return binary.BigEndian.Uint32(p), nil
+}
+
+// AppendSelect appends a frame after which frames are about that process: 0 is
+// the first, 1 the one beside it.
+func AppendSelect(b []byte, process int) []byte {
+	return append(AppendHeader(b, Select, 1), byte(process))
+}
+
+// ParseSelect reads the payload of a Select.
+func ParseSelect(p []byte) (process int, err error) {
+	if len(p) != 1 || p[0] >= Processes {
+		return 0, ErrFrame
+	}
+	return int(p[0]), nil
 }
 
 const (
@@ -282,7 +310,7 @@ func AppendStart(b []byte, c Command) []byte {
 	at := len(b)
 	b = append(AppendHeader(b, Start, 0), byte(c.Input))
 	b = append(appendSize(b, c.Size), flag(c.Alone))
-	b = appendString(b, c.Dir)
+	b = appendString(appendString(b, c.User), c.Dir)
 	b = binary.BigEndian.AppendUint32(b, uint32(len(c.Args)))
 	for _, s := range c.Args {
 		b = appendString(b, s)
@@ -317,6 +345,9 @@ func ParseStart(p []byte) (Command, error) {
 	}
 	p = p[StartHead:]
 	var ok bool
+	if c.User, p, ok = cutString(p); !ok {
+		return Command{}, ErrFrame
+	}
 	if c.Dir, p, ok = cutString(p); !ok || len(p) < 4 {
 		return Command{}, ErrFrame
 	}
