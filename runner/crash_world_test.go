@@ -324,4 +324,5 @@ type noGateway struct{}
 
 func (noGateway) Open(context.Context, string, egress.Opening) error   { return nil }
 func (noGateway) Attach(context.Context, string, egress.Sockets) error { return nil }
+func (noGateway) Probe(context.Context, string, uint16) error          { return nil }
 func (noGateway) Close(context.Context, string) error                  { return nil }

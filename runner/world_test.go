@@ -462,6 +462,10 @@ func (g *worldGateway) Attach(_ context.Context, name string, _ egress.Sockets) 
 	return (*world)(g).note("attach", name)
 }
 
+func (g *worldGateway) Probe(_ context.Context, name string, _ uint16) error {
+	return (*world)(g).note("probe port", name)
+}
+
 func (g *worldGateway) Close(_ context.Context, name string) error {
 	w := (*world)(g)
 	if err := w.note("close", name); err != nil {

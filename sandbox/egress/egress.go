@@ -44,6 +44,18 @@ type Rule struct {
 	// agent's own listeners are never dialled, whatever it says.
 	Resolve []netip.Prefix
 	Purpose string
+	// Service names another gateway, open and attached, of the same Opening's
+	// owner: what connects ends at the same port of 127.0.0.1 in that box, and
+	// nothing is dialled outside. Then Protocol is TCP, Resolve is empty, and
+	// Port may be 0, which is every port.
+	Service string `json:",omitempty"`
+}
+
+// A Published port is one of 127.0.0.1 and ::1 in a box that the gateway listens
+// on: what connects goes where Rule, which has a Service, says.
+type Published struct {
+	Port uint16
+	Rule Rule
 }
 
 // Rules are everything a job may reach. The zero value allows nothing.
@@ -104,6 +116,8 @@ type Opening struct {
 	// with a parent has no box of its own: it widens its parent until it is
 	// closed. This is how a rule is bound to one step.
 	Parent string
+	// Publish are listeners in the box, from Attach on. Not with a Parent.
+	Publish []Published
 }
 
 // A Gateway is the way out of boxes.
@@ -114,6 +128,10 @@ type Gateway interface {
 
 	// Attach serves the sockets of a box under the rules of name.
 	Attach(ctx context.Context, name string, s Sockets) error
+
+	// Probe connects to a port of 127.0.0.1 in the box of name, and hangs up. Its
+	// error says why nothing answers. It moves no byte and has no ledger line.
+	Probe(ctx context.Context, name string, port uint16) error
 
 	// Close withdraws the rules of name, ends every connection that they
 	// allowed, and returns when the last ledger line is written. Closing an

@@ -23,7 +23,9 @@ const pause = 20 * time.Millisecond
 type door struct {
 	tcp *net.TCPListener
 	dns *net.UDPConn
-	log *os.File // nil: the runtime has none
+	log *os.File           // nil: the runtime has none
+	net *os.File           // the network that the sockets are in; nil if it cannot be entered
+	own []*net.TCPListener // of published ports
 }
 
 // adopt takes the sockets over. They are closed if it fails.
@@ -40,6 +42,7 @@ func adopt(s egress.Sockets) (*door, error) {
 	} else if err == nil {
 		err = errors.Join(errors.New("not TCP"), tcp.Close())
 	}
+	d.net = network(s.TCP)
 	dns, dnsErr := net.FilePacketConn(s.DNS)
 	if c, ok := dns.(*net.UDPConn); ok {
 		d.dns = c
@@ -90,6 +93,9 @@ func (d *door) close() error {
 		return nil
 	}
 	var all error
+	for _, l := range d.own {
+		all = errors.Join(all, l.Close())
+	}
 	if d.tcp != nil {
 		all = errors.Join(all, d.tcp.Close())
 	}
@@ -98,6 +104,9 @@ func (d *door) close() error {
 	}
 	if d.log != nil {
 		all = errors.Join(all, d.log.Close())
+	}
+	if d.net != nil {
+		all = errors.Join(all, d.net.Close())
 	}
 	return all
 }
@@ -113,8 +122,12 @@ func (b *box) serve(g *Gateway, d *door) error {
 	if b.door != nil {
 		return errors.New("has its box already")
 	}
+	b.net, d.net = d.net, nil
+	if err := b.listen(g, d); err != nil {
+		return err
+	}
 	b.door = d
-	b.root.wg.Go(func() { g.accept(b, d.tcp) })
+	b.root.wg.Go(func() { g.accept(b, d.tcp, nil) })
 	b.root.wg.Go(func() { b.resolve(d.dns) })
 	if d.log != nil {
 		b.root.wg.Go(func() { b.watch(d.log) })
@@ -122,8 +135,9 @@ func (b *box) serve(g *Gateway, d *door) error {
 	return nil
 }
 
-// accept takes connections until the listener is closed.
-func (g *Gateway) accept(b *box, l *net.TCPListener) {
+// accept takes connections until the listener is closed. What they may is known
+// of a published port.
+func (g *Gateway) accept(b *box, l *net.TCPListener, known *grant) {
 	for {
 		conn, err := l.AcceptTCP()
 		if errors.Is(err, net.ErrClosed) {
@@ -136,7 +150,7 @@ func (g *Gateway) accept(b *box, l *net.TCPListener) {
 			continue
 		}
 		now := time.Now()
-		c := &session{gateway: g, box: b, job: conn, started: now, line: egress.Line{Time: now, Network: "tcp"}}
+		c := &session{gateway: g, box: b, job: conn, started: now, grant: known, line: egress.Line{Time: now, Network: "tcp"}}
 		if !b.room(g.cfg.Conns) {
 			c.refuse(cmp.Or(c.decide(), fmt.Sprintf("the job has %d connections open; close some", g.cfg.Conns)))
 			continue

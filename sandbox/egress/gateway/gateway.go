@@ -20,6 +20,10 @@
 // judged is dialled, so a name cannot change in between. By default only public
 // addresses are. See address.go for the classes.
 //
+// A rule with a Service leads into the box of another gateway: its network is
+// entered by a thread that makes the socket there, and ends. An agent without
+// privileges cannot do so, and refuses such rules.
+//
 // Rules for IP literals are refused by Open: the network of a box redirects the
 // virtual range only. Give the address a name and name the address in Resolve.
 //
@@ -148,7 +152,7 @@ func (g *Gateway) Open(ctx context.Context, name string, o egress.Opening) error
 	if name == "" || o.Ledger == nil {
 		return fmt.Errorf("gateway %q: a name and a ledger are needed", name)
 	}
-	if err := validate(o.Rules); err != nil {
+	if err := validate(o); err != nil {
 		return fmt.Errorf("gateway %s: %w", name, err)
 	}
 	g.mu.Lock()
@@ -164,8 +168,13 @@ func (g *Gateway) Open(ctx context.Context, name string, o egress.Opening) error
 		}
 		b = parent.box
 	}
+	grants, published, err := g.grants(o)
+	if err != nil {
+		return fmt.Errorf("gateway %s: %w", name, err)
+	}
 	s := newScope(name, b, o.Ledger)
-	if err := b.admit(s, o.Rules.Allow, g.cfg.Names); err != nil {
+	b.published = append(b.published, published...)
+	if err := b.admit(s, grants, g.cfg.Names); err != nil {
 		return fmt.Errorf("gateway %s: %w", name, err)
 	}
 	g.scopes[name] = s
@@ -222,6 +231,9 @@ func (g *Gateway) Close(ctx context.Context, name string) error {
 		delete(g.scopes, name)
 	}
 	g.mu.Unlock()
+	if s.root() {
+		s.box.leaveNetwork()
+	}
 	g.cfg.Trace("gateway.closed")
 	if err := s.book.failure(); err != nil {
 		return fmt.Errorf("gateway %s: %w", name, err)

@@ -18,7 +18,7 @@ const attempts = 6
 // reach connects to the destination of a rule. The error is a refusal if the
 // rules forbid every address that the name has.
 func (g *Gateway) reach(ctx context.Context, r egress.Rule) (net.Conn, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, g.cfg.Dialling, fmt.Errorf("no connection within %v", g.cfg.Dialling))
+	ctx, cancel := g.soon(ctx)
 	defer cancel()
 	addrs, err := g.lookup(ctx, r)
 	if err != nil {
@@ -33,6 +33,11 @@ func (g *Gateway) reach(ctx context.Context, r egress.Rule) (net.Conn, error) {
 		all = append(all, err)
 	}
 	return nil, errors.Join(all...)
+}
+
+// soon bounds the time to connect.
+func (g *Gateway) soon(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, g.cfg.Dialling, fmt.Errorf("no connection within %v", g.cfg.Dialling))
 }
 
 // dial connects to one address. The time left is shared with the addresses that
@@ -51,11 +56,15 @@ func (g *Gateway) dial(ctx context.Context, to netip.AddrPort, share int) (net.C
 	case ctx.Err() != nil:
 		return nil, context.Cause(ctx)
 	}
-	// The innermost error says it all: "connection refused".
+	return nil, fmt.Errorf("connect %v: %w", to, innermost(err))
+}
+
+// innermost says it all: "connection refused".
+func innermost(err error) error {
 	if op := (*net.OpError)(nil); errors.As(err, &op) {
-		err = op.Err
+		return op.Err
 	}
-	return nil, fmt.Errorf("connect %v: %w", to, err)
+	return err
 }
 
 // lookup returns the addresses of a rule's name that may be dialled, judged.

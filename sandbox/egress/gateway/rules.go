@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
+	"github.com/mayfly-ci/mayfly/sandbox/netns"
 )
 
 // cite names a rule to the author of the policy.
@@ -19,12 +20,26 @@ func cite(r egress.Rule) string {
 
 // validate refuses rules that cannot be enforced as written. Every bad rule is
 // named.
-func validate(rules egress.Rules) error {
+func validate(o egress.Opening) error {
 	var all []error
-	for _, r := range rules.Allow {
-		if err := validateRule(r); err != nil {
+	add := func(r egress.Rule, err error) {
+		if err != nil {
 			all = append(all, fmt.Errorf("%w: %s: %w", egress.ErrBadRules, cite(r), err))
 		}
+	}
+	for _, r := range o.Rules.Allow {
+		add(r, validateRule(r))
+	}
+	ports := map[uint16]bool{}
+	for _, p := range o.Publish {
+		add(p.Rule, validateRule(p.Rule))
+		switch {
+		case p.Rule.Service == "" || p.Rule.Port == 0 || o.Parent != "":
+			add(p.Rule, errors.New("a published port leads to a port of a service, and belongs to a box"))
+		case p.Port == 0 || p.Port == netns.Port || ports[p.Port]:
+			add(p.Rule, fmt.Errorf("published port %d: a number from 1 to 65535 is needed, once, and not %d", p.Port, netns.Port))
+		}
+		ports[p.Port] = true
 	}
 	return errors.Join(all...)
 }
@@ -38,7 +53,13 @@ func validateRule(r egress.Rule) error {
 	} else if name != r.Name {
 		return fmt.Errorf("name %q: write %s", r.Name, name)
 	}
-	if r.Port == 0 {
+	if r.Service == "" && strings.Contains(r.Name, "_") {
+		return fmt.Errorf("name %q: services of a job alone have an underscore in their names", r.Name)
+	}
+	if r.Service != "" && (r.Protocol != egress.TCP || len(r.Resolve) > 0) {
+		return errors.New("a service is reached by tcp, and is not resolved")
+	}
+	if r.Port == 0 && r.Service == "" {
 		return errors.New("port: a number from 1 to 65535 is needed")
 	}
 	switch r.Protocol {
@@ -68,7 +89,7 @@ func canonical(s string) (string, error) {
 		switch {
 		case c >= 'A' && c <= 'Z':
 			lower[i] = c + 'a' - 'A'
-		case c >= 'a' && c <= 'z', c >= '0' && c <= '9':
+		case c >= 'a' && c <= 'z', c >= '0' && c <= '9', c == '_': // ids of services may have one
 		case c == '-' && label > 0 && i+1 < len(lower) && lower[i+1] != '.':
 		case c == '.' && label > 0:
 			label = -1

@@ -37,7 +37,7 @@ func TestCanonical(t *testing.T) {
 		"-a":                "",
 		"a-":                "",
 		"a-.b":              "",
-		"a_b":               "",
+		"a_b":               "a_b",
 		"a b":               "",
 		"a\x00.b":           "",
 		"a\n":               "",
@@ -141,7 +141,7 @@ func TestVirtualAddresses(t *testing.T) {
 // TestLiteral: a rule for an address is refused, and says what to write.
 func TestLiteral(t *testing.T) {
 	t.Parallel()
-	err := validate(egress.Rules{Allow: []egress.Rule{rule("192.0.2.9", 22)}})
+	err := validate(egress.Opening{Rules: egress.Rules{Allow: []egress.Rule{rule("192.0.2.9", 22)}}})
 	if !errors.Is(err, egress.ErrBadRules) || !strings.Contains(err.Error(), "resolve: [192.0.2.9]") || !strings.Contains(err.Error(), "policy:1") {
 		t.Errorf("rule for an address: got %v, want ErrBadRules with the rule and a hint", err)
 	}

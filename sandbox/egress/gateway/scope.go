@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 
@@ -82,6 +83,7 @@ func (s *scope) idle() <-chan struct{} {
 type grant struct {
 	egress.Rule
 	scope *scope
+	into  *box // of a rule with a Service
 }
 
 // A destination is a name of a box. It keeps its address for as long as the box
@@ -101,7 +103,10 @@ type box struct {
 	byAddr map[netip.Addr]*destination
 	scopes []*scope // that are open, the root first
 	conns  int
-	door   *door // nil before Attach
+	door   *door    // nil before Attach
+	net    *os.File // the network of the box; nil before Attach, after Close, and if it cannot be entered
+
+	published []published // since Open
 }
 
 func newBox() *box {
@@ -109,7 +114,7 @@ func newBox() *box {
 }
 
 // admit adds the rules of a scope, all or none.
-func (b *box) admit(s *scope, rules []egress.Rule, limit int) error {
+func (b *box) admit(s *scope, rules []grant, limit int) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.root.closed {
@@ -120,12 +125,12 @@ func (b *box) admit(s *scope, rules []egress.Rule, limit int) error {
 		d := b.byName[r.Name]
 		if d == nil {
 			fresh[r.Name] = true
-		} else if err := conflict(d.grants, r); err != nil {
+		} else if err := conflict(d.grants, r.Rule); err != nil {
 			return err
 		}
 		for _, earlier := range rules[:i] {
 			if earlier.Name == r.Name {
-				if err := conflict([]grant{{Rule: earlier}}, r); err != nil {
+				if err := conflict([]grant{earlier}, r.Rule); err != nil {
 					return err
 				}
 			}
@@ -141,7 +146,8 @@ func (b *box) admit(s *scope, rules []egress.Rule, limit int) error {
 			b.byName[d.name], b.byAddr[d.addr] = d, d
 		}
 		r.Resolve = slices.Clone(r.Resolve)
-		d.grants = append(d.grants, grant{r, s})
+		r.scope = s
+		d.grants = append(d.grants, r)
 	}
 	b.scopes = append(b.scopes, s)
 	return nil
@@ -150,6 +156,9 @@ func (b *box) admit(s *scope, rules []egress.Rule, limit int) error {
 // conflict refuses a rule that would make another mean something else.
 func conflict(grants []grant, r egress.Rule) error {
 	for _, g := range grants {
+		if g.Service != r.Service {
+			return fmt.Errorf("%w: %s and %s: %s is a service of the job, or a name outside, and not both", egress.ErrBadRules, cite(r), cite(g.Rule), r.Name)
+		}
 		if g.Port == r.Port && (g.Protocol != r.Protocol || !slices.Equal(g.Resolve, r.Resolve)) {
 			return fmt.Errorf("%w: %s contradicts %s about %s port %d; make protocol and resolve the same", egress.ErrBadRules, cite(r), cite(g.Rule), r.Name, r.Port)
 		}
@@ -187,7 +196,7 @@ func (b *box) decide(to netip.AddrPort) (name string, g *grant) {
 		return "", nil
 	}
 	for _, g := range d.grants {
-		if g.Port == to.Port() {
+		if g.Port == to.Port() || g.Port == 0 {
 			return d.name, &g
 		}
 	}

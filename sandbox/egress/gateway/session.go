@@ -64,6 +64,11 @@ func (c *session) serve() {
 
 // decide finds the rule, or says why there is none.
 func (c *session) decide() (reason string) {
+	if g := c.grant; g != nil {
+		c.line.Name, c.line.Port, c.line.Rule, c.line.Protocol = g.Name, g.Port, g.ID, g.Protocol
+		c.line.Address = c.job.LocalAddr().String()
+		return ""
+	}
 	to, err := original(c.job)
 	if err != nil {
 		return "the connection was not made to a virtual address"
@@ -124,16 +129,29 @@ func reset(conn net.Conn) {
 	_ = conn.Close()
 }
 
+// reach connects to where the rule leads: outside, or into another box.
+func (c *session) reach(ctx context.Context) (net.Conn, error) {
+	if c.grant.into == nil {
+		return c.gateway.reach(ctx, c.grant.Rule)
+	}
+	ctx, cancel := c.gateway.soon(ctx)
+	defer cancel()
+	return c.grant.into.dial(ctx, c.line.Port)
+}
+
 // pass dials the destination and passes bytes: first, which the job sent
 // already, then all others.
 func (c *session) pass(ctx context.Context, first []byte) {
-	up, err := c.gateway.reach(ctx, c.grant.Rule)
+	up, err := c.reach(ctx)
 	if err != nil {
 		c.fail(err)
 		return
 	}
 	defer up.Close()
 	c.line.Dialled = up.RemoteAddr().String()
+	if c.grant.into != nil {
+		c.line.Dialled = c.grant.Service + " " + c.line.Dialled
+	}
 	allowed := c.line
 	allowed.Verdict = egress.Allowed
 	if c.book().line(allowed) != nil {
