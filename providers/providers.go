@@ -63,17 +63,40 @@ type Job struct {
 	Labels  []string // what runs-on asked for
 
 	If      string // condition of the job, an expression; "" is success()
-	Env     map[string]string
-	EnvExpr string        // a template whose value is an object: further variables, which replace those of Env
+	Env     Env
 	Timeout time.Duration // asked by the workflow; 0 is the agent's default
 	// ContinueOnError is a template: if true, a job that fails is reported as
 	// a success, and its log says what it was.
 	ContinueOnError string
 
+	// Containers are what the workflow wants beside or around the steps: services,
+	// and one without a name that the steps run in.
+	Containers []Container
+
 	Steps    []Step
 	Outputs  map[string]string // name → template
 	Contexts map[string]any    // github, vars, needs, matrix, strategy, inputs
 	Secrets  map[string]creds.Secret
+}
+
+// An Env is variables, as templates.
+type Env struct {
+	Vars map[string]string
+	Expr string // a template whose value is an object: further variables, which replace those of Vars
+}
+
+// A Container is what a job runs in, or a service of it. Its strings are
+// templates, evaluated once, before anything is made for the job; a service
+// without an image is none then.
+type Container struct {
+	Name     string // of the service, unique in the job in any case; "" is what the steps run in. No template
+	Image    string
+	Env      Env
+	Ports    []string // "8080:80", "80", "80/tcp": of the job's localhost, and of the service
+	Options  string   // words of a command line: workflow.ParseOptions
+	Username string   // for the image's registry
+	Password string
+	Position string // file:line, for errors
 }
 
 // A Step is one step of a job: a script, or an action that lies in the
@@ -88,8 +111,7 @@ type Step struct {
 	With            map[string]string // inputs of the action
 	Shell           string
 	Dir             string
-	Env             map[string]string
-	EnvExpr         string // as Job.EnvExpr
+	Env             Env
 	TimeoutMinutes  string
 	ContinueOnError string
 	Position        string // file:line, for errors

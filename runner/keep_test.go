@@ -322,7 +322,7 @@ func TestShell(t *testing.T) {
 		w := newWorld(t)
 		a := w.keeping(2)
 		stop := w.serve(a)
-		j := job(providers.Step{ID: "deploy", Run: "print ${{ secrets.TOKEN }}\nexit 3", Env: map[string]string{"PLAIN": "p", "TOKEN": "${{ secrets.TOKEN }}"}})
+		j := job(providers.Step{ID: "deploy", Run: "print ${{ secrets.TOKEN }}\nexit 3", Env: providers.Env{Vars: map[string]string{"PLAIN": "p", "TOKEN": "${{ secrets.TOKEN }}"}}})
 		j.Secrets = map[string]creds.Secret{"TOKEN": creds.NewSecret("a-token-of-the-provider")}
 		w.offers <- j
 		<-w.results

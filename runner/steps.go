@@ -52,7 +52,7 @@ func newSteps(l *life, box sandbox.Sandbox, img sandbox.Image, plan policy.Plan,
 // run runs the job's steps in order and returns how the job ended.
 func (s *steps) run(ctx, alive context.Context) (providers.Result, error) {
 	scope := s.scope(s.root, nil)
-	env, err := variables(s.job.Env, s.job.EnvExpr, scope)
+	env, err := variables(s.job.Env, scope)
 	if err != nil {
 		return providers.Result{}, fmt.Errorf("%w: %w", providers.ErrBadJob, err)
 	}
@@ -148,7 +148,7 @@ func (s *steps) runStep(ctx, alive context.Context, step *current) error {
 // prepare evaluates the environment and the condition of a step.
 func (s *steps) prepare(ctx context.Context, step *current) (runs bool, err error) {
 	step.scope = s.filesScope(ctx, step.frame, step)
-	if step.env, err = variables(step.Env, step.EnvExpr, step.scope); err != nil {
+	if step.env, err = variables(step.Env, step.scope); err != nil {
 		return false, err
 	}
 	step.scope = s.filesScope(ctx, step.frame, step)
@@ -161,19 +161,19 @@ func (s *steps) prepare(ctx context.Context, step *current) (runs bool, err erro
 
 // variables evaluates env: variables that are written out, and one expression
 // that gives more.
-func variables(templates map[string]string, expr string, scope workflow.Scope) (map[string]string, error) {
+func variables(env providers.Env, scope workflow.Scope) (map[string]string, error) {
 	values := map[string]string{}
-	for _, k := range slices.Sorted(maps.Keys(templates)) {
-		v, err := workflow.Interpolate(templates[k], scope)
+	for _, k := range slices.Sorted(maps.Keys(env.Vars)) {
+		v, err := workflow.Interpolate(env.Vars[k], scope)
 		if err != nil {
 			return nil, fmt.Errorf("env %s: %w", k, err)
 		}
 		values[k] = v
 	}
-	if expr == "" {
+	if env.Expr == "" {
 		return values, nil
 	}
-	more, err := workflow.Variables(expr, scope)
+	more, err := workflow.Variables(env.Expr, scope)
 	if err != nil {
 		return nil, fmt.Errorf("env: %w", err)
 	}

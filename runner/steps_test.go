@@ -173,11 +173,11 @@ func TestJobOfNeedsAndTolerance(t *testing.T) {
 		"tolerated":          {func(j *providers.Job) { j.Steps[0].Run, j.ContinueOnError = "exit 1", "${{ 1 == 1 }}" }, providers.Success},
 		"not tolerated":      {func(j *providers.Job) { j.Steps[0].Run, j.ContinueOnError = "exit 1", "false" }, providers.Failure},
 		"variables of an object": {func(j *providers.Job) {
-			j.EnvExpr, j.Env = `${{ fromJSON('{"A":"exit 1"}') }}`, map[string]string{"A": "outer"}
+			j.Env = providers.Env{Expr: `${{ fromJSON('{"A":"exit 1"}') }}`, Vars: map[string]string{"A": "outer"}}
 			j.Steps[0].Run = "${{ env.A }}"
 		}, providers.Failure},
 		"a command that is refused": {func(j *providers.Job) { j.Steps[0].Run = "print ::set-env name=A::b" }, providers.Failure},
-		"no object":                 {func(j *providers.Job) { j.EnvExpr = "x" }, providers.Failure},
+		"no object":                 {func(j *providers.Job) { j.Env.Expr = "x" }, providers.Failure},
 	} {
 		w := newWorld(t)
 		j := job(providers.Step{Run: "print ran"})
@@ -232,7 +232,7 @@ func TestDefaultVariables(t *testing.T) {
 		script.WriteString("env " + name + "\n")
 		shown = append(shown, want[name]+"\n")
 	}
-	j := job(providers.Step{ID: "__1", Run: script.String() + "print ::debug::shown", Env: map[string]string{"GITHUB_REF": "x", "RUNNER_OS": "y", "CI": "own", "GITHUB_TOKEN": "given"}})
+	j := job(providers.Step{ID: "__1", Run: script.String() + "print ::debug::shown", Env: providers.Env{Vars: map[string]string{"GITHUB_REF": "x", "RUNNER_OS": "y", "CI": "own", "GITHUB_TOKEN": "given"}}})
 	j.Contexts["github"] = map[string]any{
 		"head_ref": "topic", "run_id": 12, "run_number": "3", "server_url": "https://git.example", "event": map[string]any{"a": creds.NewSecret("never-shown")},
 	}

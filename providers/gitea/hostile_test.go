@@ -198,13 +198,13 @@ func TestNamesAreNoTemplates(t *testing.T) {
 	evil := "${{ secrets.GITEA_TOKEN }}"
 	j.Context = map[string]any{"head_ref": evil, "ref_name": evil, "actor": evil, "server_url": "https://gitea.test/" + evil, "run_id": evil}
 	job, _ := claimed(t, s, p, "c", j)
-	for k, v := range job.Env {
+	for k, v := range job.Env.Vars {
 		if strings.Contains(v, evil) {
 			t.Errorf("env %s is the template %q", k, v)
 		}
 	}
-	if job.Env["GITHUB_HEAD_REF"] != "${{ github.head_ref }}" || job.Env["GITHUB_SERVER_URL"] != "${{ github.server_url }}" {
-		t.Errorf("env = %v, want templates that name the context", job.Env)
+	if job.Env.Vars["GITHUB_HEAD_REF"] != "${{ github.head_ref }}" || job.Env.Vars["GITHUB_SERVER_URL"] != "${{ github.server_url }}" {
+		t.Errorf("env = %v, want templates that name the context", job.Env.Vars)
 	}
 }
 

@@ -130,10 +130,10 @@ func (p *Provider) job(t *task) (providers.Job, error) {
 	if err != nil {
 		return job, err
 	}
-	if job.Env == nil {
-		job.Env = map[string]string{}
+	if job.Env.Vars == nil {
+		job.Env.Vars = map[string]string{}
 	}
-	maps.Copy(job.Env, environment(f.GitHub, f.Secrets))
+	maps.Copy(job.Env.Vars, environment(f.GitHub, f.Secrets))
 	for _, l := range job.Labels {
 		if !slices.Contains(p.config.Labels, l) {
 			return job, bad("runs-on asks for %q, this agent has %s", clip(l), strings.Join(p.config.Labels, ", "))

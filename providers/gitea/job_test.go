@@ -58,9 +58,9 @@ func TestJob(t *testing.T) {
 		"${{ github.token }} ${{ secrets.GITHUB_TOKEN }} ${{ secrets.GITEA_TOKEN }}":                    token + " " + token + " " + token,
 		"${{ gitea.repository }} ${{ github.actor }} ${{ github.job }} ${{ github.event_name }}":        "acme/app mona test push",
 		"${{ github.gitea_runtime_token }}":                                                             "",
-		job.Env["GITHUB_SERVER_URL"] + "|" + job.Env["GITHUB_API_URL"] + "|" + job.Env["GITHUB_RUN_ID"]: fmt.Sprintf("http://gitea.test|http://gitea.test/api/v1|%d", id),
-		job.Env["ACTIONS_RUNTIME_TOKEN"] + "|" + job.Env["ACTIONS_RUNTIME_URL"]:                         runtime + "|http://gitea.test/api/actions_pipeline/",
-		job.Env["ACTIONS_RESULTS_URL"] + job.Env["GITEA_ACTIONS"] + job.Env["ACTIONS_CACHE_URL"]:        "http://gitea.testtrue",
+		job.Env.Vars["GITHUB_SERVER_URL"] + "|" + job.Env.Vars["GITHUB_API_URL"] + "|" + job.Env.Vars["GITHUB_RUN_ID"]: fmt.Sprintf("http://gitea.test|http://gitea.test/api/v1|%d", id),
+		job.Env.Vars["ACTIONS_RUNTIME_TOKEN"] + "|" + job.Env.Vars["ACTIONS_RUNTIME_URL"]:                         runtime + "|http://gitea.test/api/actions_pipeline/",
+		job.Env.Vars["ACTIONS_RESULTS_URL"] + job.Env.Vars["GITEA_ACTIONS"] + job.Env.Vars["ACTIONS_CACHE_URL"]:        "http://gitea.testtrue",
 	} {
 		if got := evaluate(t, job, template); got != want {
 			t.Errorf("%s = %q, want %q", template, got, want)
@@ -76,7 +76,7 @@ func TestJob(t *testing.T) {
 		}
 	}
 	for _, secret := range []string{"s3cret", token, runtime, p.current.Token} {
-		if printed := fmt.Sprintf("%v %+v %#v", job.Contexts, job.Env, job.Secrets); strings.Contains(printed, secret) {
+		if printed := fmt.Sprintf("%v %+v %#v", job.Contexts, job.Env.Vars, job.Secrets); strings.Contains(printed, secret) {
 			t.Errorf("the job prints %q", secret)
 		}
 	}

@@ -206,7 +206,7 @@ func (p *Provider) job(rec record) (providers.Job, error) {
 	if err != nil {
 		return built, err
 	}
-	built.Env = withCI(built.Env)
+	built.Env.Vars = withCI(built.Env.Vars)
 	for _, l := range built.Labels {
 		if len(p.config.Labels) > 0 && !slices.Contains(p.config.Labels, l) {
 			return built, bad("runs-on asks for %q, this agent has %s", l, strings.Join(p.config.Labels, ", "))

@@ -233,7 +233,7 @@ func (r *actionReader) steps(n *yaml.Node) {
 }
 
 func (r *actionReader) step(id string, n *yaml.Node) providers.Step {
-	step := providers.Step{ID: id, Env: map[string]string{}, Position: position(r.file, at(n))}
+	step := providers.Step{ID: id, Env: providers.Env{Vars: map[string]string{}}, Position: position(r.file, at(n))}
 	has := map[string]bool{}
 	r.mapping(n, "step", func(key string, v *yaml.Node) bool {
 		has[key] = true
@@ -257,9 +257,9 @@ func (r *actionReader) step(id string, n *yaml.Node) providers.Step {
 			step.With = r.templates(v, key)
 		case "env":
 			if v.Kind == yaml.ScalarNode {
-				step.EnvExpr = r.template(r.text(v, key))
+				step.Env.Expr = r.template(r.text(v, key))
 			} else {
-				step.Env = r.templates(v, key)
+				step.Env.Vars = r.templates(v, key)
 			}
 		default:
 			return false

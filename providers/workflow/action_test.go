@@ -52,11 +52,11 @@ func TestLoadAction(t *testing.T) {
 		Steps: []providers.Step{
 			{
 				ID: "say", Name: "Say ${{ inputs.who }}", If: "${{ always() }}", Run: "echo ${{ inputs.who }}", Shell: "bash",
-				Dir: "${{ github.action_path }}", Env: map[string]string{"A": "${{ inputs.how }}"}, ContinueOnError: "true", Position: "./greet/action.yml:15:7",
+				Dir: "${{ github.action_path }}", Env: providers.Env{Vars: map[string]string{"A": "${{ inputs.how }}"}}, ContinueOnError: "true", Position: "./greet/action.yml:15:7",
 			},
 			{
-				ID: "__2", Uses: "./other", With: map[string]string{"a": "${{ steps.say.outputs.text }}"}, Env: map[string]string{},
-				EnvExpr: "${{ env }}", Position: "./greet/action.yml:23:7",
+				ID: "__2", Uses: "./other", With: map[string]string{"a": "${{ steps.say.outputs.text }}"}, Env: providers.Env{Vars: map[string]string{}, Expr: "${{ env }}"},
+				Position: "./greet/action.yml:23:7",
 			},
 		},
 	}

@@ -60,7 +60,8 @@ func (w *Workflow) Job(id string, f Facts) (providers.Job, error) {
 	b.refuse()
 	job.Contexts["strategy"], job.Contexts["matrix"] = b.strategy(w.doc)
 	job.If = b.condition(src.If)
-	job.Env, job.EnvExpr = b.jobEnv()
+	job.Env = b.jobEnv()
+	job.Containers = b.containers(w.doc)
 	job.Labels = b.labels(src.RunsOn)
 	job.Timeout = b.timeout(src.TimeoutMinutes)
 	job.ContinueOnError = b.boolean(src.ContinueOnError)
@@ -139,12 +140,6 @@ func (b *builder) refuse() {
 		unsupported(true, j.WorkflowCall.Uses.Pos, "uses", "a job cannot call another workflow")
 		return
 	}
-	if j.Container != nil {
-		unsupported(true, j.Container.Pos, "container", "the box is chosen by the agent's policy")
-	}
-	if j.Services != nil {
-		unsupported(true, j.Services.Pos, "services", "start the service in a step")
-	}
 	if j.Environment != nil {
 		unsupported(true, j.Environment.Pos, "environment", "no environment is protected here, so that none can be claimed")
 	}
@@ -200,27 +195,27 @@ func (b *builder) condition(s *actionlint.String) string {
 // jobEnv joins the variables of the workflow and of the job. Written as one
 // expression, those of the job replace the others; those of the workflow can be
 // told apart from a job's only if it has none.
-func (b *builder) jobEnv() (vars map[string]string, expr string) {
-	vars, expr = b.env(nil, b.workflow.Env)
+func (b *builder) jobEnv() providers.Env {
+	outer := b.env(nil, b.workflow.Env)
 	if b.job.Env == nil {
-		return vars, expr
+		return outer
 	}
-	if expr != "" {
+	if outer.Expr != "" {
 		b.add(b.workflow.Env.Expression.Pos, `"env" of a workflow as one expression is not supported beside "env" of the job: write the variables out`)
 	}
-	return b.env(vars, b.job.Env)
+	return b.env(outer.Vars, b.job.Env)
 }
 
 // env returns a copy of outer in which the variables of env replace those of
 // the same name, or env as one expression. On Linux names differ in case too,
 // as on GitHub.
-func (b *builder) env(outer map[string]string, env *actionlint.Env) (vars map[string]string, expr string) {
+func (b *builder) env(outer map[string]string, env *actionlint.Env) providers.Env {
 	merged := make(map[string]string, len(outer))
 	for k, v := range outer {
 		merged[k] = v
 	}
 	if env == nil {
-		return merged, ""
+		return providers.Env{Vars: merged}
 	}
 	for _, v := range env.Vars {
 		if !validName(v.Name.Value) {
@@ -229,7 +224,7 @@ func (b *builder) env(outer map[string]string, env *actionlint.Env) (vars map[st
 		}
 		merged[v.Name.Value] = b.template(v.Value)
 	}
-	return merged, b.template(env.Expression)
+	return providers.Env{Vars: merged, Expr: b.template(env.Expression)}
 }
 
 func (b *builder) labels(r *actionlint.Runner) []string {
@@ -335,13 +330,11 @@ func (b *builder) id(seen map[string]bool, i int, s *actionlint.String) string {
 }
 
 func (b *builder) step(id string, s *actionlint.Step) providers.Step {
-	env, expr := b.env(nil, s.Env)
 	step := providers.Step{
 		ID:              id,
 		Name:            b.template(s.Name),
 		If:              b.condition(s.If),
-		Env:             env,
-		EnvExpr:         expr,
+		Env:             b.env(nil, s.Env),
 		TimeoutMinutes:  b.number(s.TimeoutMinutes),
 		ContinueOnError: b.boolean(s.ContinueOnError),
 		Position:        position(b.file, s.Pos),

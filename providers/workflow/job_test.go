@@ -53,6 +53,8 @@ jobs:
     steps: [{run: "true"}]
 `
 
+func noEnv() providers.Env { return providers.Env{Vars: map[string]string{}} }
+
 func facts() Facts {
 	return Facts{
 		Subject: creds.Subject{Provider: "local", Repository: "owner/repo", Ref: "refs/heads/main", SHA: "abc", Event: "workflow_dispatch"},
@@ -102,16 +104,16 @@ func TestJob(t *testing.T) {
 		Subject: f.Subject, Actor: "mona", Trust: providers.TrustLocal,
 		Labels:  []string{"linux", "you"},
 		If:      "github.ref == 'refs/heads/main'",
-		Env:     map[string]string{"A": "workflow", "B": "job ${{ github.sha }}", "http_proxy": "p"},
+		Env:     providers.Env{Vars: map[string]string{"A": "workflow", "B": "job ${{ github.sha }}", "http_proxy": "p"}},
 		Timeout: 3 * time.Minute,
 		Outputs: map[string]string{"Digest": "${{ steps.sum.outputs.digest }}"},
 		Steps: []providers.Step{
-			{ID: "__1", Run: "echo one", Shell: "bash", Dir: "sub", Env: map[string]string{}, Position: "ci.yml:25:9"},
+			{ID: "__1", Run: "echo one", Shell: "bash", Dir: "sub", Env: noEnv(), Position: "ci.yml:25:9"},
 			{
 				ID: "sum", Name: "Sum ${{ env.A }}", If: "${{ always() }}", Run: "echo ${{ github.sha }}\n", Shell: "python",
-				Dir: "other", Env: map[string]string{"C": "${{ secrets.T }}"}, TimeoutMinutes: "1.5", ContinueOnError: "true", Position: "ci.yml:26:9",
+				Dir: "other", Env: providers.Env{Vars: map[string]string{"C": "${{ secrets.T }}"}}, TimeoutMinutes: "1.5", ContinueOnError: "true", Position: "ci.yml:26:9",
 			},
-			{ID: "__3", Run: "echo three", Shell: "bash", Dir: "sub", Env: map[string]string{}, ContinueOnError: "${{ inputs.loud }}", Position: "ci.yml:36:9"},
+			{ID: "__3", Run: "echo three", Shell: "bash", Dir: "sub", Env: noEnv(), ContinueOnError: "${{ inputs.loud }}", Position: "ci.yml:36:9"},
 		},
 	}
 	if !reflect.DeepEqual(job, want) {
@@ -141,10 +143,10 @@ jobs:
 	if err != nil {
 		t.Fatal(err)
 	}
-	if job.EnvExpr != expr || job.Env["C"] != "outer" || job.Steps[0].EnvExpr != "${{ env }}" || job.ContinueOnError != "${{ github.ref == 'x' }}" {
+	if job.Env.Expr != expr || job.Env.Vars["C"] != "outer" || job.Steps[0].Env.Expr != "${{ env }}" || job.ContinueOnError != "${{ github.ref == 'x' }}" {
 		t.Errorf("got %+v", job)
 	}
-	vars, err := Variables(job.EnvExpr, Scope{})
+	vars, err := Variables(job.Env.Expr, Scope{})
 	if err != nil || !reflect.DeepEqual(vars, map[string]string{"A": "1", "B": "x"}) {
 		t.Errorf("Variables: %v, %v", vars, err)
 	}
@@ -158,8 +160,8 @@ jobs:
 	}
 
 	w = load(t, "on: push\nenv: "+expr+"\njobs:\n  a: {runs-on: x, steps: [{run: x}]}\n  b: {runs-on: x, env: {X: x}, steps: [{run: x}]}\n")
-	if job, err := w.Job("a", facts()); err != nil || job.EnvExpr != expr {
-		t.Errorf("env of the workflow alone: %q, %v", job.EnvExpr, err)
+	if job, err := w.Job("a", facts()); err != nil || job.Env.Expr != expr {
+		t.Errorf("env of the workflow alone: %q, %v", job.Env.Expr, err)
 	}
 	if _, err := w.Job("b", facts()); !errors.Is(err, providers.ErrBadJob) || !strings.Contains(err.Error(), `ci.yml:2:6: "env" of a workflow as one expression`) {
 		t.Errorf("env of the workflow beside that of the job: %v, want it refused by name", err)
