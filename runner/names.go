@@ -44,13 +44,27 @@ func jobOf(name string) string {
 func gatewayName(job string) string               { return job + "-gw" }
 func boxName(job string) string                   { return job + "-box" }
 func leaseName(job string, l policy.Lease) string { return job + "-l-" + l.Name }
+func serviceBox(job string, i int) string         { return job + "-s" + strconv.Itoa(i) }
+func serviceGateway(job string, i int) string     { return serviceBox(job, i) + "-gw" }
 func rulesName(job string, step int) string       { return job + "-r" + strconv.Itoa(step) }
 
 // stepRules are the egress rules of one step, or of the whole job for "".
 func stepRules(plan policy.Plan, step string) []egress.Rule {
 	var rules []egress.Rule
 	for _, e := range plan.Egress {
-		if e.Step == step {
+		if e.Step == step && e.Service == "" {
+			rules = append(rules, e.Rule)
+		}
+	}
+	return rules
+}
+
+// serviceRules are the egress rules of one service. Keys of services differ in
+// more than case.
+func serviceRules(plan policy.Plan, service string) []egress.Rule {
+	var rules []egress.Rule
+	for _, e := range plan.Egress {
+		if e.Service != "" && strings.EqualFold(e.Service, service) {
 			rules = append(rules, e.Rule)
 		}
 	}

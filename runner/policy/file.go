@@ -28,6 +28,7 @@ type ruleNode struct {
 	Runtime runtime      `yaml:"runtime"`
 	Image   image        `yaml:"image"`
 	Pull    leaseName    `yaml:"pull"`
+	Images  imageList    `yaml:"images"`
 	Timeout span         `yaml:"timeout"`
 	Limits  limitsNode   `yaml:"limits"`
 	Egress  []egressNode `yaml:"egress"`
@@ -61,6 +62,7 @@ type egressNode struct {
 	Protocol protocol    `yaml:"protocol,required"`
 	Resolve  *[]prefix   `yaml:"resolve"`
 	Step     stepID      `yaml:"step"`
+	Service  serviceID   `yaml:"service"`
 	Purpose  purpose     `yaml:"purpose"`
 }
 
@@ -170,6 +172,9 @@ func (n ruleNode) checkTTL() error {
 }
 
 func (e egressNode) check() error {
+	if e.Service != "" && e.Step != "" {
+		return e.Self.At("service").Errorf("a service runs beside all steps: name a step or a service")
+	}
 	if e.Resolve != nil && len(*e.Resolve) == 0 {
 		return e.Self.At("resolve").Errorf("empty list: name addresses, or remove the key to allow any public one")
 	}
@@ -223,7 +228,7 @@ func (e egressNode) egress() Egress {
 			r.Resolve = append(r.Resolve, netip.Prefix(p))
 		}
 	}
-	return Egress{Step: string(e.Step), Rule: r}
+	return Egress{Step: string(e.Step), Service: string(e.Service), Rule: r}
 }
 
 // basics is the part of the plan that every rule has.
@@ -233,6 +238,7 @@ func (n ruleNode) basics() Plan {
 		Runtime:  orDefault(string(n.Runtime), defaultRuntime),
 		Image:    string(n.Image),
 		Pull:     string(n.Pull),
+		Images:   texts(n.Images),
 		Timeout:  orDefault(time.Duration(n.Timeout), DefaultTimeout),
 		Keep:     time.Duration(n.Keep),
 		LogBytes: orDefault(int64(n.Limits.Log), DefaultLogBytes),
@@ -254,7 +260,11 @@ func egressKeys(e egressNode) []claim {
 	if e.Name == "" || e.Port == 0 {
 		return nil // it was refused already
 	}
-	return []claim{{fmt.Sprintf("%s port %d", e.Name, e.Port), e.Step, e.Self}}
+	what := fmt.Sprintf("%s port %d", e.Name, e.Port)
+	if e.Service != "" {
+		what += " of service " + string(e.Service)
+	}
+	return []claim{{what, e.Step, e.Self}}
 }
 
 func leaseKeys(l leaseNode) []claim {

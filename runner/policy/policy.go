@@ -29,13 +29,16 @@ var ErrDenied = errors.New("denied by policy")
 // A Plan is what one job may have. Its maps and slices belong to the policy
 // and must not be changed.
 type Plan struct {
-	Rule    string         `json:"rule"`            // "policy.yaml:12 main-builds"
-	Digest  string         `json:"digest"`          // of the policy file
-	Runtime string         `json:"runtime"`         // name in the agent's configuration, "native" if the rule has none
-	Image   string         `json:"image,omitempty"` // of the box; "" is the runtime's own
-	Pull    string         `json:"pull,omitempty"`  // lease that the image is pulled with; "" is anonymously
-	Timeout time.Duration  `json:"timeout"`         // nanoseconds, never 0
-	Limits  sandbox.Limits `json:"limits"`          // zero fields are the runtime's defaults
+	Rule    string `json:"rule"`            // "policy.yaml:12 main-builds"
+	Digest  string `json:"digest"`          // of the policy file
+	Runtime string `json:"runtime"`         // name in the agent's configuration, "native" if the rule has none
+	Image   string `json:"image,omitempty"` // of the box; "" is the runtime's own
+	Pull    string `json:"pull,omitempty"`  // lease that the image is pulled with; "" is anonymously
+	// Images are patterns of the images that the workflow may name for itself
+	// and its services; empty is none. AllowImage asks them.
+	Images  []string       `json:"images,omitempty"`
+	Timeout time.Duration  `json:"timeout"` // nanoseconds, never 0
+	Limits  sandbox.Limits `json:"limits"`  // zero fields are the runtime's defaults
 	// Keep is how long the box of a failed job is kept; 0 is not at all.
 	Keep     time.Duration `json:"keep_on_failure,omitempty"` // nanoseconds
 	LogBytes int64         `json:"log_bytes"`                 // cap of the job's log, never 0
@@ -46,8 +49,11 @@ type Plan struct {
 	Isolation sandbox.Isolation `json:"isolation,omitempty"`
 }
 
-// An Egress is a way out, for the whole job or for one step of it.
+// An Egress is a way out, for the whole job, for one step of it, or for one of
+// its services.
 type Egress struct {
+	// Service is the name of the service that alone may use it, "" for the job.
+	Service string `json:"service,omitempty"`
 	// Step is the id of the step that may use it, "" for the whole job. A job
 	// without that step never gets it.
 	Step string      `json:"step,omitempty"`
