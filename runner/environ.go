@@ -42,6 +42,10 @@ func (s *steps) environment(step *current) []string {
 	if len(s.mounts) > 0 {
 		env[gitcache.TemplateVar] = gitcache.TemplateDir
 	}
+	if s.own != nil {
+		maps.Copy(env, s.own.Env)
+		maps.Copy(env, s.own.Options.Env)
+	}
 	maps.Copy(env, s.env)
 	maps.Copy(env, step.frame.env)
 	maps.Copy(env, step.env)

@@ -40,6 +40,9 @@ type life struct {
 	steps    *steps   // nil before there is a box
 	look     atomic.Pointer[wall.Look]
 
+	own      *workflow.Container // the job's own container; nil if its workflow names none
+	services []*service
+
 	mounts []sandbox.Mount // what the box sees of the host
 	letGo  func()          // of what mounts name; nil if it is nothing
 }
@@ -78,7 +81,7 @@ func (l *life) admit(ctx context.Context) (policy.Plan, error) {
 	if !runs {
 		return plan, errSkipped
 	}
-	return plan, nil
+	return l.contain(ctx, plan)
 }
 
 // queue waits, claimed and without a slot, while the job's repository has as

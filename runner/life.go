@@ -119,16 +119,21 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 		return providers.Result{}, err
 	}
 	l.clock.mark("intend")
-
 	img, err := l.pullOwn(ctx, plan, deadline)
 	if err != nil {
+		return providers.Result{}, err
+	}
+	beside, stop := context.WithCancel(alive)
+	defer l.stopServices(stop)
+	if err := l.startServices(ctx, beside, plan, deadline); err != nil {
 		return providers.Result{}, err
 	}
 
 	gateway := gatewayName(l.log.Job)
 	_, err = hold(ctx, l, gateway, func(ctx context.Context) (none, grip, error) {
-		rules := egress.Rules{Allow: stepRules(plan, "")}
-		return none{}, grip{}, l.cfg.Gateway.Open(ctx, gateway, egress.Opening{Rules: rules, Ledger: l.ledger})
+		rules, ports := l.reach(plan)
+		rules = append(rules, stepRules(plan, "")...)
+		return none{}, grip{}, l.cfg.Gateway.Open(ctx, gateway, egress.Opening{Rules: egress.Rules{Allow: rules}, Ledger: l.ledger, Publish: ports})
 	})
 	if err != nil {
 		return providers.Result{}, err
@@ -155,6 +160,9 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 		return providers.Result{}, err
 	}
 	l.clock.mark("attest")
+	if err := l.awaitServices(ctx); err != nil {
+		return providers.Result{}, err
+	}
 
 	l.steps = newSteps(l, box, img, plan, deadline)
 	if err := l.steps.issue(ctx, ""); err != nil {
@@ -167,7 +175,7 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 // debts names all that the plan will acquire, in the order of acquisition.
 func (l *life) debts(plan policy.Plan) []journal.Debt {
 	job := l.log.Job
-	ds := l.pullDebts(plan)
+	ds := append(l.pullDebts(plan), l.serviceDebts(plan)...)
 	ds = append(ds, journal.Debt{Kind: kindGateway, Name: gatewayName(job)},
 		journal.Debt{Kind: kindBox, Name: boxName(job), By: plan.Runtime})
 	if l.warm != nil {

@@ -51,6 +51,10 @@ func (l *life) pull(ctx context.Context, runtime, what string, p sandbox.Pull) (
 // credentials holds what the image is pulled with, if the plan has something.
 func (l *life) credentials(ctx context.Context, plan policy.Plan, deadline time.Time) (sandbox.Pull, error) {
 	request := sandbox.Pull{Image: plan.Image}
+	if l.own != nil { // the workflow's choice, with what the workflow has for it
+		request.User, request.Password = l.own.Username, l.own.Password
+		return request, nil
+	}
 	if plan.Pull == "" {
 		return request, nil
 	}

@@ -65,7 +65,7 @@ func TestPull(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	step := providers.Step{ID: "pull", Run: "env PATH\nenv OF_IMAGE\nenv OF_JOB\nenv HOME\nenv PGPASSWORD"}
-	step.Env = map[string]string{"OF_JOB": "job"}
+	step.Env = providers.Env{Vars: map[string]string{"OF_JOB": "job"}}
 	r, pulls, images := w.pull(pullPolicy, step)
 	if r.Conclusion != providers.Success {
 		t.Fatalf("got %+v", r)

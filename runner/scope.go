@@ -81,7 +81,7 @@ func (s *steps) scope(f *frame, step *current) workflow.Scope {
 	}
 	c["github"] = s.github(f, step)
 	c["env"], c["steps"] = env, f.done
-	c["job"] = map[string]any{"status": string(s.statusOf(s.root))}
+	c["job"] = s.jobContext(s.statusOf(s.root))
 	c["runner"] = s.runner()
 	return workflow.Scope{Contexts: c, Status: s.statusOf(f)}
 }

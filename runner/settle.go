@@ -47,10 +47,10 @@ func (a *Agent) settle(ctx context.Context, log *journal.Log, out *stream) error
 		}
 		a.cfg.Log.Error().Err(err).Str("job", log.Job).Dur("retry_in", wait).Msg("release")
 		switch late := time.Since(begun) > stuckAfter; {
-		case late && (owed(log, kindLease) || owed(log, kindGateway)) && a.kept.leave(log.Job, "something else of the job cannot be released"):
+		case late && (owed(log, kindLease) || owed(log, kindGateway) || a.boxOwed(log)) && a.kept.leave(log.Job, "something else of the job cannot be released"):
 			out.notice(-1, "the box is not kept: something else of the job cannot be released")
 		case late:
-			if free == nil && owed(log, kindBox) && !a.kept.holds(log.Job) {
+			if free == nil && a.boxOwed(log) {
 				free = a.slots.jam() // before the service hears that we have a slot
 			}
 			a.reportLate(ctx, log, out, err)
@@ -59,6 +59,16 @@ func (a *Agent) settle(ctx context.Context, log *journal.Log, out *stream) error
 			return errors.Join(fmt.Errorf("left to the next start: %w", err), log.Close())
 		}
 	}
+}
+
+// boxOwed reports whether the log owes a box whose time has come.
+func (a *Agent) boxOwed(log *journal.Log) bool {
+	for _, d := range log.Debts() {
+		if d.Kind == kindBox && !a.kept.holdsBox(log.Job, d.Name) {
+			return true
+		}
+	}
+	return false
 }
 
 // reportLate reports the job, if that is still owed, although something else of

@@ -120,6 +120,13 @@ func (s *stream) mask() (*mask.Set, error) {
 	return set, errors.Join(err, s.out.Use(set))
 }
 
+// current is the mask as it is now.
+func (s *stream) current() (*mask.Set, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.mask()
+}
+
 // write takes what a step printed.
 func (s *stream) write(at time.Time, step int, b []byte) error {
 	s.mu.Lock()

@@ -77,8 +77,8 @@ type guest struct {
 	done     chan struct{}             // closed when the stream has ended
 	tasks    sync.WaitGroup
 
-	mu       sync.Mutex // guards what follows
-	err      error      // why the stream has ended
+	mu       sync.Mutex            // guards what follows
+	err      error                 // why the stream has ended
 	steps    [wire.Processes]*step // the processes that run, or nil
 	transfer *transfer             // the Put or Get under way, or nil
 	probing  bool
