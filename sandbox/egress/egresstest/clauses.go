@@ -16,7 +16,7 @@ import (
 
 // clauses are the contract, sentence by sentence.
 func clauses() []clause {
-	return []clause{
+	return append(serviceClauses(), []clause{
 		{"empty rules allow nothing", emptyRules},
 		{"an allowed name is reached, with two lines", allowed},
 		{"nothing moves before its line is written", lineFirst},
@@ -42,7 +42,7 @@ func clauses() []clause {
 		{"Close ends connections after their last line", closeEnds},
 		{"Close of an absent name succeeds", closeAbsent},
 		{"boxes do not share names", apart},
-	}
+	}...)
 }
 
 // rule is a rule with an ID of its own.

@@ -31,6 +31,8 @@ type Net interface {
 	Sockets() egress.Sockets
 	// Dial connects to a literal address from inside.
 	Dial(network, address string) (net.Conn, error)
+	// Listen listens at a literal address inside.
+	Listen(network, address string) (net.Listener, error)
 }
 
 // A Subject is what is tested.

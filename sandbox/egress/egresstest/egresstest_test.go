@@ -46,6 +46,7 @@ type broken struct {
 	open   func(next egress.Gateway, name string, o egress.Opening) error
 	attach func(next egress.Gateway, name string, s egress.Sockets) error
 	close  func(ctx context.Context, next egress.Gateway, name string) error
+	probe  func() error
 }
 
 func (b broken) Open(ctx context.Context, name string, o egress.Opening) error {
@@ -60,6 +61,13 @@ func (b broken) Attach(ctx context.Context, name string, s egress.Sockets) error
 		return b.Gateway.Attach(ctx, name, s)
 	}
 	return b.attach(b.Gateway, name, s)
+}
+
+func (b broken) Probe(ctx context.Context, name string, port uint16) error {
+	if b.probe == nil {
+		return b.Gateway.Probe(ctx, name, port)
+	}
+	return b.probe()
 }
 
 func (b broken) Close(ctx context.Context, name string) error {
@@ -228,6 +236,24 @@ func conductMutants(o *egresstest.Outside) map[string]mutation {
 			_ = next(l)
 			return nil
 		})),
+		"services of one port are told apart by name": of(each(func(r *egress.Rule) { r.Service = "job-1-s0" })),
+		"a service is its own job's alone": of(broken{open: func(next egress.Gateway, name string, op egress.Opening) error {
+			if name == "job-2" {
+				op.Rules.Allow = []egress.Rule{{Name: "db", Protocol: egress.TCP, Service: "job-1-s0"}}
+			}
+			return next.Open(context.Background(), name, op)
+		}}),
+		"a published port leads to its service": of(broken{open: func(next egress.Gateway, name string, op egress.Opening) error {
+			for i := range op.Publish {
+				op.Publish[i].Port++
+			}
+			return next.Open(context.Background(), name, op)
+		}}),
+		"Probe says whether a port answers": of(broken{probe: func() error { return nil }}),
+		"a rule for a service that is not there is refused": of(broken{open: func(next egress.Gateway, name string, op egress.Opening) error {
+			op.Rules, op.Publish = egress.Rules{}, nil
+			return next.Open(context.Background(), name, op)
+		}}),
 		"nothing flows before Attach": of(broken{open: func(next egress.Gateway, name string, op egress.Opening) error {
 			if conn, err := o.Dial(context.Background(), "tcp", "93.184.216.34:7"); err == nil {
 				conn.Close()
@@ -289,7 +315,7 @@ func TestSuite(t *testing.T) {
 				real := newGateway(tb, c)
 				b.Gateway = real
 				tb.Cleanup(func() {
-					for _, name := range []string{"job-1-step-1", "job-1"} {
+					for _, name := range []string{"job-1-step-1", "job-1", "job-2", "job-1-s0", "job-1-s1"} {
 						if err := real.Close(context.Background(), name); err != nil {
 							tb.Logf("Close(%s): %v", name, err)
 						}
