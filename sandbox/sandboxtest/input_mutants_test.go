@@ -25,6 +25,15 @@ func inputMutants() []mutant {
 				p.Stdin = typed(p.Stdin, func(b []byte) []byte { return bytes.ReplaceAll(b, []byte{3}, nil) })
 			})
 		}},
+		{"a process runs beside another", func(w *world) {
+			w.run = processes(func(p *sandbox.Process) { p.Beside = false })
+		}},
+		{"a process runs beside another", func(w *world) {
+			w.run = processes(func(p *sandbox.Process) { p.Beside = true })
+		}},
+		{"a process is the user that it shall be", func(w *world) {
+			w.run = processes(func(p *sandbox.Process) { p.User = "" })
+		}},
 		{"a process that is alone has no company", func(w *world) {
 			w.run = processes(func(p *sandbox.Process) { p.Alone = false })
 		}},

@@ -83,7 +83,7 @@ func Run(t *testing.T, factory func(t *testing.T) Harness) {
 }
 
 func clauses() []clause {
-	return slices.Concat(lifeClauses(), runClauses(), stopClauses(), inputClauses(), transferClauses(), limitClauses(), isolationClauses(), mountClauses())
+	return slices.Concat(lifeClauses(), runClauses(), stopClauses(), inputClauses(), besideClauses(), transferClauses(), limitClauses(), isolationClauses(), mountClauses())
 }
 
 // BuildProbe compiles test/isolation/probe, the program that the suite runs in
