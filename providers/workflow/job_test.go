@@ -224,8 +224,8 @@ jobs:
     needs: b
     runs-on: {group: g, labels: x}
     strategy: {matrix: {v: [1, 2]}}
-    container: img
-    services: {db: {image: pg}}
+    container: {image: img, volumes: [/:/host]}
+    services: {db: {image: pg, options: --privileged}}
     environment: prod
     continue-on-error: true
     snapshot: img
@@ -252,8 +252,8 @@ jobs:
 		`ci.yml:5:12: "needs" is not supported here`,
 		`ci.yml:6:22: "group" is not supported yet`,
 		`ci.yml:7:16: "matrix" is not supported here: a matrix of several jobs has to be expanded by the service`,
-		`ci.yml:8:5: "container" is not supported yet`,
-		`ci.yml:9:15: "services" is not supported yet`,
+		`ci.yml:8:38: "volumes" is not supported: a box sees nothing of the host`,
+		`ci.yml:9:41: option --privileged is refused: it would weaken the box`,
 		`ci.yml:10:5: "environment" is not supported yet`,
 		`ci.yml:12:15: "snapshot" is not supported yet`,
 		`ci.yml:13:9: if: condition`,
