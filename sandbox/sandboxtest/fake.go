@@ -31,8 +31,8 @@ import (
 
 // A Fake is a runtime whose boxes are directories below Dir.
 //
-// A process is a script that somebody Put at sandbox.Run+"/step". Each line is
-// one of
+// A process is a script that somebody Put at sandbox.Run+"/step", or what stands
+// behind "/bin/sh -c". Each line is one of
 //
 //	print TEXT     print TEXT and a newline
 //	env NAME       print the variable
@@ -235,10 +235,7 @@ func (b *fakeBox) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, err
 			return sandbox.Exit{}, err
 		}
 	}
-	b.mu.Lock()
-	script := string(b.files[sandbox.Run+"/step"])
-	b.mu.Unlock()
-	for line := range lines(ctx, script, p.Stdin) {
+	for line := range lines(ctx, b.script(p.Args), p.Stdin) {
 		b.fake.here("fake.box.line")
 		exit, ended, err := b.line(ctx, p, line)
 		if ended || err != nil {
@@ -249,6 +246,15 @@ func (b *fakeBox) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, err
 		return sandbox.Exit{Code: 130, Signal: 2}, context.Cause(ctx)
 	}
 	return sandbox.Exit{}, nil
+}
+
+func (b *fakeBox) script(args []string) string {
+	if len(args) == 3 && args[0] == "/bin/sh" && args[1] == "-c" {
+		return args[2]
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return string(b.files[sandbox.Run+"/step"])
 }
 
 // lines are those of the script, or of the input if there is one, until ctx ends.
