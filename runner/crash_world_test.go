@@ -115,7 +115,7 @@ func (s *scene) spool(parts ...string) string {
 func (s *scene) prepare(t *testing.T) {
 	t.Helper()
 	say := "print"
-	if s.Kind != "fake" {
+	if s.Kind != "fake" && s.Kind != "services" {
 		say = "echo"
 	}
 	repo := filepath.Join(s.Dir, "repo", ".github", "workflows")
@@ -139,6 +139,9 @@ func (s *scene) prepare(t *testing.T) {
 		last = "exit 3"
 	}
 	workflow := fmt.Sprintf(crashWorkflow, say, say, last)
+	if s.Kind == "services" {
+		workflow += crashServices
+	}
 	job := fmt.Sprintf(`{"repository": %q, "workflow": ".github/workflows/ci.yml", "event": "push", "worktree": true}`,
 		filepath.Join(s.Dir, "repo"))
 	err := errors.Join(
@@ -167,6 +170,9 @@ func (s *scene) config(state *runner.State) (runner.Config, error) {
 	}
 	if s.Kind == "kept" {
 		text += "    keep-on-failure: 1h\n"
+	}
+	if s.Kind == "services" {
+		text += "    images: [\"docker.io/library/*:*\"]\n"
 	}
 	p, err := policy.Parse([]byte(text), "policy.yaml")
 	if err != nil {
@@ -203,6 +209,9 @@ func (s *scene) config(state *runner.State) (runner.Config, error) {
 		cfg.Providers = map[string]providers.Provider{"gitea": forge}
 	}
 	cfg.Runtimes = map[string]sandbox.Runtime{"native": &sandboxtest.Fake{Dir: filepath.Join(s.Dir, "boxes"), Trace: failpoint.Here}}
+	if s.Kind == "services" {
+		cfg.Runtimes["native"] = s.overImages()
+	}
 	cfg.Issuers = map[string]creds.Issuer{"pg": fileIssuer(filepath.Join(s.Dir, "leases"))}
 	cfg.Gateway = noGateway{}
 	return cfg, nil
