@@ -105,7 +105,8 @@ func (d *Daemon) Dir() string { return d.dir }
 
 func (d *Daemon) data() string { return filepath.Join(d.dir, "data") }
 
-// Import makes an image of a tar archive of a root directory.
+// Import makes an image of a tar archive of a root directory. Changes are lines of
+// a Dockerfile that say what it is for.
 func (d *Daemon) Import(ctx context.Context, archive io.Reader, ref string, changes ...string) error {
 	out, err := d.engine.ImageImport(ctx, image.ImportSource{Source: archive, SourceName: "-"}, ref, image.ImportOptions{Changes: changes})
 	if err != nil {

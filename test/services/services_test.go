@@ -112,7 +112,7 @@ func TestServices(t *testing.T) {
 				}
 			}
 			record, code := w.Run(t, "audit", "show")
-			for _, want := range []string{`egress\.tcp +postgres .*allowed`, `egress\.tcp +web .*ended`, `egress\.dns +postgres\.example .*refused`, `image\.pull`} {
+			for _, want := range []string{`egress\.tcp +postgres +ok\n`, `egress\.tcp +web +ok\n`, `egress\.dns +postgres\.example +refused`, `image\.pull +docker\.io/mayfly-test/web:1 +ok\n`} {
 				if code != 0 || !regexp.MustCompile(want).MatchString(record) {
 					t.Errorf("the audit lacks %q (%d):\n%s", want, code, record)
 				}
