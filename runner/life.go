@@ -20,12 +20,13 @@ import (
 //	claim ─┬─ admit (policy; holds nothing), and its repository's turn
 //	       ├─ plan intent: the names of all that follows, in one write
 //	       ├─ pull of the image, with a lease of its own
+//	       ├─ for each service: gateway, box, its process
 //	       └─ gateway ─┬
 //	                   └─ box ── attach, attest ─┬      (a warm one: pool.go)
 //	                                             └─ leases ─┬
 //	                                                        └─ step: rules, leases, run
 //	released:  step's leases and rules, before the next step
-//	           leases (refused at their issuer) → box → gateway → claim (= report)
+//	           leases (refused at their issuer) → box → gateway → services → claim (= report)
 //	kept:      the box of a failed job, if its plan says so, until its time is over
 //
 // Everything is named and written down before it is made, and destroyable from

@@ -52,6 +52,7 @@ func table() []row {
 		{"sandbox/netns/netnstest", "sandbox/netns sandbox/egress", "the inside of a box's network, for tests of gateways"},
 		{"sandbox/egress", "creds", "a contract; rules will carry credentials that the gateway adds"},
 		{"sandbox/egress/...", "sandbox/egress creds", "a gateway serves sockets and does not care which runtime made them"},
+		{"sandbox/egress/gateway", "sandbox/egress creds sandbox/netns", "a gateway, which dials into the network of a service's box"},
 		{"runner/audit", "", "a contract; an auditor reads the file without the agent"},
 		{"runner/audit/...", "runner/audit", "the suite of the contract"},
 		{"runner/monitor", "runner runner/audit", "looks at the agent and counts its audit; the agent does not know it"},

@@ -53,13 +53,13 @@ func TestJob(t *testing.T) {
 	}
 	token, runtime := fakegitea.Token(id), fakegitea.RuntimeToken(id)
 	for template, want := range map[string]string{
-		"${{ secrets.MINE }} ${{ vars.V }} ${{ matrix.v }}":                                             "s3cret v 1",
-		"${{ needs.build.outputs.d }} ${{ needs.build.result }}":                                        "abc success",
-		"${{ github.token }} ${{ secrets.GITHUB_TOKEN }} ${{ secrets.GITEA_TOKEN }}":                    token + " " + token + " " + token,
-		"${{ gitea.repository }} ${{ github.actor }} ${{ github.job }} ${{ github.event_name }}":        "acme/app mona test push",
-		"${{ github.gitea_runtime_token }}":                                                             "",
+		"${{ secrets.MINE }} ${{ vars.V }} ${{ matrix.v }}":                                                            "s3cret v 1",
+		"${{ needs.build.outputs.d }} ${{ needs.build.result }}":                                                       "abc success",
+		"${{ github.token }} ${{ secrets.GITHUB_TOKEN }} ${{ secrets.GITEA_TOKEN }}":                                   token + " " + token + " " + token,
+		"${{ gitea.repository }} ${{ github.actor }} ${{ github.job }} ${{ github.event_name }}":                       "acme/app mona test push",
+		"${{ github.gitea_runtime_token }}":                                                                            "",
 		job.Env.Vars["GITHUB_SERVER_URL"] + "|" + job.Env.Vars["GITHUB_API_URL"] + "|" + job.Env.Vars["GITHUB_RUN_ID"]: fmt.Sprintf("http://gitea.test|http://gitea.test/api/v1|%d", id),
-		job.Env.Vars["ACTIONS_RUNTIME_TOKEN"] + "|" + job.Env.Vars["ACTIONS_RUNTIME_URL"]:                         runtime + "|http://gitea.test/api/actions_pipeline/",
+		job.Env.Vars["ACTIONS_RUNTIME_TOKEN"] + "|" + job.Env.Vars["ACTIONS_RUNTIME_URL"]:                              runtime + "|http://gitea.test/api/actions_pipeline/",
 		job.Env.Vars["ACTIONS_RESULTS_URL"] + job.Env.Vars["GITEA_ACTIONS"] + job.Env.Vars["ACTIONS_CACHE_URL"]:        "http://gitea.testtrue",
 	} {
 		if got := evaluate(t, job, template); got != want {

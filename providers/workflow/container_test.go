@@ -71,14 +71,18 @@ func TestContainers(t *testing.T) {
 	}
 	quiet := Health{Interval: 30 * time.Second, Timeout: 30 * time.Second, Retries: 3}
 	want := []Container{
-		{Image: "registry.example/build:1", Env: map[string]string{"LEVEL": "3"}, Position: "ci.yml:6:5",
-			Options: Options{Health: quiet, User: "root", MilliCPU: 1000, Env: map[string]string{}}},
-		{Name: "Postgres", Image: "postgres:16", Env: map[string]string{"POSTGRES_PASSWORD": "pg-pw"}, Position: "ci.yml:11:7", Username: "me",
+		{
+			Image: "registry.example/build:1", Env: map[string]string{"LEVEL": "3"}, Position: "ci.yml:6:5",
+			Options: Options{Health: quiet, User: "root", MilliCPU: 1000, Env: map[string]string{}},
+		},
+		{
+			Name: "Postgres", Image: "postgres:16", Env: map[string]string{"POSTGRES_PASSWORD": "pg-pw"}, Position: "ci.yml:11:7", Username: "me",
 			Ports: []Port{{5432, 5432}, {0, 5433}, {7000, 7001}},
 			Options: Options{
 				Health: Health{`pg_isready -U "postgres"`, 10 * time.Second, 5 * time.Second, time.Minute, 5},
 				Memory: 512 << 20, Env: map[string]string{"A": "b c"}, User: "postgres",
-			}},
+			},
+		},
 		{Name: "old", Image: "postgres", Env: map[string]string{}, Position: "ci.yml:21:7", Options: Options{Health: quiet, Env: map[string]string{}}},
 		{Name: "none", Env: map[string]string{}, Position: "ci.yml:22:7", Options: Options{Health: quiet, Env: map[string]string{}}},
 	}

@@ -227,19 +227,19 @@ func probe(b *bench) error {
 		return err
 	}
 	if err := b.gateway.Probe(ctx, "job-1-s0", servicePort); err == nil {
-		return errors.New("Probe of a port on which nobody listens: got no error")
+		return errors.New("a port on which nobody listens: Probe has no error")
 	}
 	if err := b.gateway.Probe(ctx, "never-open", servicePort); err == nil {
-		return errors.New("Probe of an absent name: got no error")
+		return errors.New("an absent name: Probe has no error")
 	}
 	if err := j.listen(servicePort); err != nil {
 		return err
 	}
 	if err := b.gateway.Probe(ctx, "job-1-s0", servicePort); err != nil {
-		return fmt.Errorf("Probe of a port that answers: %w", err)
+		return fmt.Errorf("a port that answers: Probe: %w", err)
 	}
 	if n := j.ledger.count(func(egress.Line) bool { return true }); n > 0 {
-		return fmt.Errorf("Probe wrote %d lines, which are about what a job does", n)
+		return fmt.Errorf("%d lines are about Probe, want only such about what a job does", n)
 	}
 	return nil
 }

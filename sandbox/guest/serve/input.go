@@ -160,7 +160,7 @@ func (s *step) resize(size wire.Size) {
 
 // dispatchInput is dispatch for what a process reads. The caller holds g.mu.
 func (g *guest) dispatchInput(t wire.Type, p []byte) error {
-	s := g.steps[g.about]
+	s := g.steps[g.topic.about]
 	size, err := wire.ParseResize(p)
 	switch {
 	case t == wire.Resize && err != nil:

@@ -71,10 +71,8 @@ type guest struct {
 	tails    *tails
 	buffers  [wire.Processes][2][]byte // of a step's stdout and stderr, made for the first
 	scratch  []byte                    // of the Put under way, made for the first
-	write    sync.Mutex                // held for one write; guards selected
-	selected int                       // the step that frames from us are about
-	about    int                       // the step that frames from the agent are about; of serve
-	done     chan struct{}             // closed when the stream has ended
+	topic    topic
+	done     chan struct{} // closed when the stream has ended
 	tasks    sync.WaitGroup
 
 	mu       sync.Mutex            // guards what follows
@@ -88,6 +86,13 @@ type guest struct {
 type tree struct {
 	root   string // what their paths are below: "/"
 	direct bool   // Options.Direct
+}
+
+// topic is what the stream is about at the moment.
+type topic struct {
+	write    sync.Mutex // held for one write
+	selected int        // the step that frames from us are about; write guards it
+	about    int        // the step that frames from the agent are about; serve alone uses it
 }
 
 func newGuest(conn io.ReadWriteCloser, root string, start startFunc) *guest {
@@ -151,10 +156,10 @@ func (g *guest) end(reason error) {
 
 // tell is say for a frame about a step.
 func (g *guest) tell(s *step, frame []byte) {
-	g.write.Lock()
-	defer g.write.Unlock()
-	if g.selected != s.number {
-		g.selected = s.number
+	g.topic.write.Lock()
+	defer g.topic.write.Unlock()
+	if g.topic.selected != s.number {
+		g.topic.selected = s.number
 		g.emit(wire.AppendSelect(nil, s.number))
 	}
 	g.emit(frame)
@@ -162,8 +167,8 @@ func (g *guest) tell(s *step, frame []byte) {
 
 // say writes whole frames. An error ends the guest.
 func (g *guest) say(frames []byte) {
-	g.write.Lock()
-	defer g.write.Unlock()
+	g.topic.write.Lock()
+	defer g.topic.write.Unlock()
 	g.emit(frames)
 }
 
@@ -185,26 +190,26 @@ func (g *guest) dispatch(t wire.Type, p []byte) error {
 		if err != nil {
 			return fmt.Errorf("%w: select", ErrProtocol)
 		}
-		g.about = n
+		g.topic.about = n
 	case wire.Start:
 		c, err := wire.ParseStart(p)
-		if err != nil || g.steps[g.about] != nil || g.err != nil {
+		if err != nil || g.steps[g.topic.about] != nil || g.err != nil {
 			return fmt.Errorf("%w: start", ErrProtocol)
 		}
-		s := newStep(g.about, c)
-		g.steps[g.about] = s
+		s := newStep(g.topic.about, c)
+		g.steps[g.topic.about] = s
 		g.tasks.Go(func() { g.run(s) })
 	case wire.Stop:
 		n, err := wire.ParseUint32(p)
 		if err != nil {
 			return fmt.Errorf("%w: stop", ErrProtocol)
 		}
-		if s := g.steps[g.about]; s != nil {
+		if s := g.steps[g.topic.about]; s != nil {
 			s.stopAfter(time.Duration(n) * time.Millisecond)
 		}
 	case wire.Grant:
 		n, err := wire.ParseUint32(p)
-		if s := g.steps[g.about]; err != nil || (s != nil && !s.credit.Add(n)) {
+		if s := g.steps[g.topic.about]; err != nil || (s != nil && !s.credit.Add(n)) {
 			return fmt.Errorf("%w: grant", ErrProtocol)
 		}
 	case wire.Input, wire.InputEnd, wire.Resize:
