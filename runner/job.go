@@ -156,7 +156,7 @@ func (l *life) ledger(line egress.Line) error {
 		"protocol", string(line.Protocol), "rule", line.Rule, "dialled", line.Dialled,
 		"sent", number(line.Sent), "received", number(line.Received), "duration", line.Duration.String())
 	if err != nil {
-		l.out.refusal(line)
+		l.out.refusal(line, l.serviceOf(line.Gateway))
 	}
 	return werr
 }

@@ -404,6 +404,16 @@ func (s *service) check(ctx context.Context, h workflow.Health) (why string, err
 	return "", nil
 }
 
+// serviceOf is the name of the service that a gateway is of, "" for the job.
+func (l *life) serviceOf(gateway string) string {
+	for _, s := range l.services {
+		if gateway == serviceGateway(l.log.Job, s.index) {
+			return s.Name
+		}
+	}
+	return ""
+}
+
 // reach is how the job gets to its services: by name, at any port, and by the
 // ports of its localhost that the workflow maps.
 func (l *life) reach(plan policy.Plan) (rules []egress.Rule, ports []egress.Published) {

@@ -72,6 +72,12 @@ type served struct {
 // serve runs a job with containers. change may set up the world before.
 func serve(t *testing.T, programs map[string]string, change func(*world, *providers.Job), containers ...providers.Container) served {
 	t.Helper()
+	return serveAnd(t, func(string, egress.Opening) {}, programs, change, containers...)
+}
+
+// serveAnd is serve that calls attached when a gateway is.
+func serveAnd(t *testing.T, attached func(string, egress.Opening), programs map[string]string, change func(*world, *providers.Job), containers ...providers.Container) served {
+	t.Helper()
 	w := newWorld(t)
 	rules, err := policy.Parse([]byte(servicesPolicy), "policy.yaml")
 	if err != nil {
@@ -89,7 +95,7 @@ func serve(t *testing.T, programs map[string]string, change func(*world, *provid
 	a := w.agent(func(c *runner.Config) {
 		c.Policy = rules
 		c.Runtimes["native"] = serving{worldRuntime{w.boxes, w}, programs, &mu, &out.pulls, out.specs}
-		c.Gateway = remembering{(*worldGateway)(w), &mu, out.opened}
+		c.Gateway = remembering{(*worldGateway)(w), &mu, out.opened, attached}
 	})
 	ctx := lifetime(t)
 	if err := a.Run(ctx, ctx); err != nil {
@@ -105,6 +111,16 @@ type remembering struct {
 	*worldGateway
 	mu     *sync.Mutex
 	opened map[string]egress.Opening
+
+	attached func(string, egress.Opening)
+}
+
+func (r remembering) Attach(ctx context.Context, name string, s egress.Sockets) error {
+	r.mu.Lock()
+	o := r.opened[name[len("mf-")+16:]]
+	r.mu.Unlock()
+	r.attached(name, o)
+	return r.worldGateway.Attach(ctx, name, s)
 }
 
 func (r remembering) Open(ctx context.Context, name string, o egress.Opening) error {

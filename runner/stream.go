@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -58,6 +59,8 @@ type refusal struct {
 	name string
 	port uint16
 	rule string
+
+	service string
 }
 
 // openLog opens the provider's log of a claimed job. A log that cannot be
@@ -237,20 +240,26 @@ func (s *stream) sayPending() error {
 	return nil
 }
 
-// refusal shows a refused attempt to reach something, once, with what would
-// allow it.
-func (s *stream) refusal(line egress.Line) {
+// refusal shows a refused attempt to reach something, of the job or of one of
+// its services, once, with what would allow it.
+func (s *stream) refusal(line egress.Line, service string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	key := refusal{line.Name + line.Address, line.Port, line.Rule}
+	key := refusal{line.Name + line.Address, line.Port, line.Rule, service}
 	if s.shown[key] || len(s.shown) > refusalsShown {
 		return
 	}
 	s.shown[key] = true
-	text := fmt.Sprintf("%s: %s", line.Verdict, line.Reason)
+	text, rule := fmt.Sprintf("%s: %s", line.Verdict, line.Reason), line.Suggest()
+	if service != "" {
+		text = "service " + service + ": " + text
+		if inner, ok := strings.CutSuffix(rule, "}"); ok {
+			rule = inner + ", service: " + service + "}"
+		}
+	}
 	if len(s.shown) > refusalsShown {
 		text = "more attempts were refused: see the ledger (mayfly audit show)"
-	} else if rule := line.Suggest(); rule != "" && line.Verdict == egress.Refused {
+	} else if rule != "" && line.Verdict == egress.Refused {
 		text += "; a rule that would allow it: " + rule
 	}
 	s.at = time.Now()

@@ -40,7 +40,7 @@ func TestNoticeInTheMiddleOfASecret(t *testing.T) {
 		s, log := newTestStream(t, secret)
 		for i, part := range []string{"a " + secret[:cut], secret[cut:] + " b\n"} {
 			if i == 1 {
-				s.refusal(egress.Line{Name: "x.example", Port: 443, Verdict: egress.Refused, Reason: "no rule"})
+				s.refusal(egress.Line{Name: "x.example", Port: 443, Verdict: egress.Refused, Reason: "no rule"}, "")
 			}
 			if err := s.write(time.Now(), 0, []byte(part)); err != nil {
 				t.Fatal(err)

@@ -166,6 +166,7 @@ func (w *wiring) examineRuntime(ctx context.Context, name string, r sandbox.Runt
 	if err != nil {
 		return append(fs, finding{about, "usable", stateMissing, err.Error()})
 	}
+	fs = append(fs, finding{about, "services", stateOK, services(r)})
 	seen, err := w.look(ctx, r)
 	if err != nil {
 		return append(fs, finding{about, "wall from inside", stateMissing, err.Error()})
@@ -186,6 +187,18 @@ func (w *wiring) examineGit(ctx context.Context) []finding {
 		f.State, f.Detail = stateMissing, err.Error()+": jobs fetch all of their repositories"
 	}
 	return []finding{f}
+}
+
+// services says whether workflows may have services and images of their own,
+// which is nothing that a machine lacks.
+func services(r sandbox.Runtime) string {
+	if _, ok := r.(sandbox.Puller); !ok {
+		return "none: it has no images, so container: and services: of workflows are refused"
+	}
+	if os.Geteuid() != 0 {
+		return "none: an ordinary user cannot enter the networks of boxes"
+	}
+	return "container: and services: of workflows, where a rule has images:"
 }
 
 func (w *wiring) examineState() []finding {
