@@ -141,11 +141,18 @@ func TestServices(t *testing.T) {
 	db := container("DB", "postgres:${{ vars.V }}", "--health-cmd 'print healthy' --memory 64m", "5432")
 	db.Env = providers.Env{Vars: map[string]string{"PASSWORD": "${{ secrets.PG }}", "BOTH": "service"}}
 	db.Username, db.Password = "me", "${{ secrets.PG }}"
+	var destroyed []string
 	got := serve(t, map[string]string{
 		"docker.io/library/postgres:16":  "print the database starts\nenv PASSWORD\nenv OF_IMAGE\nenv BOTH\nblock",
 		"docker.io/library/redis:latest": "print the cache starts\nblock",
-	}, func(_ *world, j *providers.Job) {
+	}, func(w *world, j *providers.Job) {
 		j.Contexts = map[string]any{"vars": map[string]any{"V": "16"}}
+		w.fail = func(call, name string) error { // w.mu is held
+			if call == "box.destroy" {
+				destroyed = append(destroyed, name[len("mf-")+16:])
+			}
+			return nil
+		}
 	}, container("", "build:1", "-e OF_CONTAINER=yes"), db, container("cache", "redis", "", "5432"), container("none", "${{ vars.NONE }}", ""))
 	if got.result.Conclusion != providers.Success {
 		t.Fatalf("got %+v; log:\n%s", got.result, got.shown())
@@ -159,6 +166,9 @@ func TestServices(t *testing.T) {
 	}
 	if want := "box.destroy close box.destroy close box.destroy close log.close complete"; !strings.HasSuffix(order, want) {
 		t.Errorf("order: got %s, want it to end with %s", order, want)
+	}
+	if !slices.Equal(destroyed, []string{"-box", "-s1", "-s0"}) {
+		t.Errorf("destroyed: got %v, want the job's box first", destroyed)
 	}
 	if len(got.pulls) != 3 || got.pulls[1].User != "me" || got.pulls[1].Password.Reveal() != "pw-of-the-job" || got.pulls[0].User+got.pulls[2].User != "" {
 		t.Errorf("pulled: got %d with users, want the credentials of the service for its own image alone", len(got.pulls))
