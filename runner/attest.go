@@ -12,16 +12,22 @@ import (
 // attestTime bounds the look at a box whose job is over: it may be starved.
 const attestTime = 15 * time.Second
 
-// attest looks from inside the box whether anything leaves it, and writes down
+// A look is one at the box that a gateway is of.
+type look struct {
+	*wall.Look
+	gateway string
+}
+
+// attest looks from inside a box whether anything leaves it, and writes down
 // what was seen. Any surprise ends the job before its first own command.
-func (l *life) attest(ctx context.Context, box sandbox.Sandbox, s sandbox.Sockets, when string) error {
-	look := wall.NewLook()
+func (l *life) attest(ctx context.Context, name, gateway string, box sandbox.Sandbox, s sandbox.Sockets, when string) error {
+	look := &look{wall.NewLook(), gateway}
 	l.look.Store(look)
 	seen, err := look.Run(ctx, box, wall.Options{
 		Canary: l.cfg.Canary, Served: true,
 		Logged: s.Log != nil && when == attestBefore, // a job may flood the log
 	})
-	return errors.Join(err, l.audit(ctx, l.log.Job, "box.attest", l.box(), err, "when", when, "seen", seen))
+	return errors.Join(err, l.audit(ctx, l.log.Job, "box.attest", name, err, "when", when, "seen", seen))
 }
 
 // When a box is looked at: before the job's first command, and after its last.
@@ -35,7 +41,7 @@ const (
 func (l *life) attestEnd(alive context.Context, box sandbox.Sandbox, s sandbox.Sockets) error {
 	ctx, cancel := context.WithTimeout(alive, attestTime)
 	defer cancel()
-	err := l.attest(ctx, box, s, attestAfter)
+	err := l.attest(ctx, l.box(), gatewayName(l.log.Job), box, s, attestAfter)
 	if errors.Is(err, sandbox.ErrDied) || ctx.Err() != nil && !errors.Is(err, wall.ErrBreached) {
 		return nil
 	}

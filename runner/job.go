@@ -17,7 +17,6 @@ import (
 	"github.com/mayfly-ci/mayfly/runner/policy"
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
-	"github.com/mayfly-ci/mayfly/sandbox/wall"
 )
 
 // boxGrace is how much longer than its job a box may live. The box ends itself
@@ -38,7 +37,7 @@ type life struct {
 	warm     *warmBox // that it has taken; nil if there was none
 	cold     bool     // its box is made for it
 	steps    *steps   // nil before there is a box
-	look     atomic.Pointer[wall.Look]
+	look     atomic.Pointer[look]
 
 	own      *workflow.Container // the job's own container; nil if its workflow names none
 	services []*service
@@ -139,7 +138,7 @@ func (a *Agent) outlives(plan policy.Plan) time.Duration {
 // ledger writes one attempt to reach something into the audit, and shows a
 // refused one in the job's log with the rule that would allow it.
 func (l *life) ledger(line egress.Line) error {
-	if look := l.look.Load(); look != nil && look.Line(line) {
+	if look := l.look.Load(); look != nil && line.Gateway == look.gateway && look.Line(line) {
 		return nil // our own attempt: box.attest says it
 	}
 	var err error

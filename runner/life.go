@@ -157,7 +157,7 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 		return providers.Result{}, fmt.Errorf("attach: %w", err)
 	}
 	l.clock.mark("attach")
-	if err := l.attest(ctx, box, sockets, attestBefore); err != nil {
+	if err := l.attest(ctx, l.box(), gateway, box, sockets, attestBefore); err != nil {
 		return providers.Result{}, err
 	}
 	l.clock.mark("attest")

@@ -185,6 +185,9 @@ func (l *life) startService(ctx, alive context.Context, plan policy.Plan, deadli
 	if err != nil {
 		return fmt.Errorf("attach: %w", err)
 	}
+	if err := l.attest(ctx, name, gateway, box, sockets, attestBefore); err != nil {
+		return err
+	}
 	p, err := s.process()
 	if err != nil {
 		return err

@@ -254,7 +254,10 @@ func TestServiceTrouble(t *testing.T) {
 		"bad options":    {"block", "${{ vars.O }}", func(_ *world, j *providers.Job) { j.Contexts["vars"] = map[string]any{"O": "--privileged"} }, "postgres:16", providers.Failure, "ci.yml:7:7: service db: options: option --privileged is refused", ""},
 		"no image there": {"block", "", fails("pull", pg), "postgres:16", providers.Failure, "no pull today", ""},
 		"no box":         {"block", "", fails("box.create", "-s0"), "postgres:16", providers.Failure, "no box.create today", ""},
-		"no gateway":     {"block", "", fails("open", "-s0-gw"), "postgres:16", providers.Failure, "no open today", ""},
+		"leaks": {"print ran", "", func(w *world, _ *providers.Job) {
+			w.probed = func(o []sandbox.Outcome) { o[0].Err = nil }
+		}, "postgres:16", providers.Failure, "service db: the wall of the box does not hold: tcp 169.254.169.254:80: went through", ""},
+		"no gateway": {"block", "", fails("open", "-s0-gw"), "postgres:16", providers.Failure, "no open today", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -43,7 +43,7 @@ import (
 
 // Version is the revision of the protocol. Both ends come from one build, so
 // they either agree or something is wrong with the installation.
-const Version = 3
+const Version = 4
 
 // Address is the abstract socket address, in the network namespace of a box, of
 // a guest whose runtime can hand it no descriptor.
