@@ -160,11 +160,11 @@ func TestServices(t *testing.T) {
 	// When a service's process begins is nobody's order.
 	happened := slices.DeleteFunc(got.happened(), func(call string) bool { return call == "box.run" })
 	order := strings.Join(happened, " ")
-	want := "claim pull pull pull open box.create attach open box.create attach open box.create attach "
+	want := "claim pull pull pull open box.create attach box.probe open box.create attach box.probe open box.create attach box.probe "
 	if !strings.HasPrefix(order, want) {
 		t.Errorf("order: got %s, want it to begin with %s", order, want)
 	}
-	if want := "box.destroy close box.destroy close box.destroy close log.close complete"; !strings.HasSuffix(order, want) {
+	if want := "box.probe box.destroy close box.destroy close box.destroy close log.close complete"; !strings.HasSuffix(order, want) {
 		t.Errorf("order: got %s, want it to end with %s", order, want)
 	}
 	if !slices.Equal(destroyed, []string{"-box", "-s1", "-s0"}) {
