@@ -104,6 +104,14 @@ func makeImages(ctx context.Context, work string) (string, error) {
 	return data, errors.Join(err, d.Close(), engine.Close())
 }
 
+// Import takes images from an archive, as "docker save" makes one.
+func (d *Daemon) Import(ctx context.Context, archive io.Reader) error {
+	if _, err := d.client.Import(namespaces.WithNamespace(ctx, Namespace), archive); err != nil {
+		return fmt.Errorf("containerdtest: import: %w", err)
+	}
+	return nil
+}
+
 // copyData copies the data of a daemon that has stopped. Layers and blobs never
 // change, so their files are links if the file system is the same; databases do.
 func copyData(ctx context.Context, from, to string) error {

@@ -26,7 +26,7 @@ const (
 const start = `#!/bin/sh
 set -e
 echo "$POSTGRES_PASSWORD" >/tmp/password
-initdb -D /data/db -A scram-sha-256 -U postgres --pwfile /tmp/password --no-sync >/dev/null
+initdb -D /data/db -A scram-sha-256 -U postgres --pwfile /tmp/password --no-sync >/dev/null 2>&1
 echo "the database starts with $POSTGRES_PASSWORD"
 exec postgres -D /data/db -k /tmp -c fsync=off
 `
@@ -162,4 +162,16 @@ func load(t *testing.T, d *dockertest.Daemon) {
 	if err != nil {
 		t.Fatal(fmt.Errorf("images: %w", err))
 	}
+}
+
+// archive has the images as "docker save" writes them.
+func archive(t *testing.T) io.Reader {
+	t.Helper()
+	d := dockertest.Start(t)
+	load(t, d)
+	var b bytes.Buffer
+	if err := d.Save(t.Context(), &b, postgresImage, webImage); err != nil {
+		t.Fatal(err)
+	}
+	return &b
 }

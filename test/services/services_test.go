@@ -5,22 +5,18 @@ package services_test
 import (
 	"errors"
 	"fmt"
-	"os"
 	"regexp"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/mayfly-ci/mayfly/test/agenttest"
+	"github.com/mayfly-ci/mayfly/test/containerdtest"
 	"github.com/mayfly-ci/mayfly/test/dockertest"
 )
 
 func TestMain(m *testing.M) {
-	if err := errors.Join(dockertest.Prepare()); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-	agenttest.Main(m)
+	agenttest.Main(m, func(string) error { return errors.Join(dockertest.Prepare(), containerdtest.Prepare()) })
 }
 
 // bound is for anything that takes seconds on a quiet machine.
@@ -34,6 +30,11 @@ type engine struct {
 
 func engines() []engine {
 	return []engine{
+		{"containerd", func(t *testing.T) string {
+			d := containerdtest.Start(t, containerdtest.Packaged)
+			agenttest.Must(t, d.Import(t.Context(), archive(t)))
+			return fmt.Sprintf("  containerd: {image: %q, address: %q}\n", containerdtest.Debian, d.Address())
+		}},
 		{"docker", func(t *testing.T) string {
 			d := dockertest.Start(t)
 			load(t, d)
@@ -85,7 +86,7 @@ jobs:
           psql -At -h postgres -c "select count(*) from generate_series(1, 200000)"
       - run: |
           if PGPASSWORD=wrong psql -At -h postgres -c "select 1"; then exit 1; fi
-          if wget -q -T 5 -O - http://postgres.example:5432/; then exit 1; fi
+          if psql -At -h postgres.example -c "select 1"; then exit 1; fi
           echo refused
 `
 
