@@ -170,6 +170,7 @@ func (l *life) startService(ctx, alive context.Context, plan policy.Plan, deadli
 		return err
 	}
 	spec := l.spec(plan, s.image, deadline)
+	spec.Mounts = nil // those are the job's
 	spec.Limits, spec.Expires = lower(spec.Limits, s.Options), deadline.Add(boxGrace)
 	box, err := hold(ctx, l, name, func(ctx context.Context) (sandbox.Sandbox, grip, error) {
 		box, err := l.cfg.Runtimes[plan.Runtime].Create(ctx, name, spec)
@@ -440,7 +441,7 @@ func (l *life) jobContext(status providers.Conclusion) map[string]any {
 	job := l.log.Job
 	c := map[string]any{"status": string(status)}
 	if l.own != nil {
-		c["container"] = map[string]any{"id": boxName(job), "network": gatewayName(job)}
+		c["container"] = map[string]any{"id": l.box(), "network": gatewayName(job)}
 	}
 	services := map[string]any{}
 	for _, s := range l.services {

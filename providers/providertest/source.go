@@ -29,7 +29,7 @@ func sourceIsPlain(ctx context.Context, s Service) error {
 	if err != nil || u.User != nil || u.RawQuery != "" || u.Fragment != "" || !strings.Contains("https http file", u.Scheme) || u.Scheme == "" {
 		return fmt.Errorf("Source gives %q, want an https, http or file URL without user, query and fragment", got.URL)
 	}
-	job.Env = map[string]string{"GITHUB_SERVER_URL": "https://elsewhere.example"}
+	job.Env = providers.Env{Vars: map[string]string{"GITHUB_SERVER_URL": "https://elsewhere.example"}}
 	job.Contexts = map[string]any{"github": map[string]any{"server_url": "https://elsewhere.example", "repositoryUrl": "https://elsewhere.example/x"}}
 	if again, err := sourcer.Source(job); err != nil || !reflect.DeepEqual(got, again) {
 		return fmt.Errorf("Source of a job that names another service = %q, %w, want %q as before", again.URL, err, got.URL)
