@@ -25,9 +25,9 @@ jobs:
           git clone --quiet "http://x:${{ github.token }}@gitea.test:%d/$GITHUB_REPOSITORY.git" here
           cd here
           test "$(git rev-parse HEAD)" = "$GITHUB_SHA"
-          git fsck --full && echo whole
+          git fsck --connectivity-only && echo whole
           mkdir -p .git/hooks && echo >> .git/info/exclude && git config user.name a && git config user.email a@example.org
-          git commit --quiet --allow-empty -m mine && git gc --quiet && git fsck && echo worked
+          git commit --quiet --allow-empty -m mine && git log --oneline >/dev/null && echo worked
       - run: |
           git --git-dir=/opt/mayfly/git/repository.git cat-file -e %s 2>/dev/null && echo seen || echo unseen
           for f in template/hooks/post-checkout repository.git/objects/x repository.git/config; do
