@@ -52,7 +52,7 @@ func TestScript(t *testing.T) {
 			"code": code, "eventually": eventually, "nobody": nobody, "flip": flip, "database": database,
 			"freeport": freeport, "canary": canary, "engine": startEngine, "containerd": startContainerd,
 			"archived": archived,
-			"runsc": runsc,
+			"runsc":    runsc,
 		},
 	})
 }
