@@ -69,3 +69,14 @@ func kernelOf(name string) []int {
 	}
 	return nil
 }
+
+// TestGVisorImage: and over an image, which "docker save" wrote.
+func TestGVisorImage(t *testing.T) {
+	if os.Getenv(userEnv) != "" {
+		return
+	}
+	t.Parallel()
+	needRoot(t)
+	h := behindWall(imageHarness(t))
+	sandboxtest.Run(t, func(*testing.T) sandboxtest.Harness { return h })
+}

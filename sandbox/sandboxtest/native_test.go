@@ -167,6 +167,13 @@ func TestNativeImage(t *testing.T) {
 	}
 	t.Parallel()
 	needRoot(t)
+	h := imageHarness(t)
+	sandboxtest.Run(t, func(*testing.T) sandboxtest.Harness { return h })
+}
+
+// imageHarness is that of a runtime whose boxes are made of an image.
+func imageHarness(t *testing.T) sandboxtest.Harness {
+	t.Helper()
 	archive := filepath.Join(t.TempDir(), "debian.tar")
 	f, err := os.Create(archive)
 	if err == nil {
@@ -181,7 +188,7 @@ func TestNativeImage(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.Image = img.Ref
-	sandboxtest.Run(t, func(*testing.T) sandboxtest.Harness { return h })
+	return h
 }
 
 // TestNativeOrdinaryUser: and it does for an ordinary user, but for the clauses
