@@ -214,7 +214,8 @@ func open(t *testing.T, n *netnstest.Net) {
 	t.Helper()
 	for _, args := range [][]string{
 		{"link", "set", "lo", "up"},
-		{"addr", "add", "192.0.2.1/32", "dev", "lo"}, {"route", "add", "local", "default", "dev", "lo"},
+		{"addr", "add", "192.0.2.1/32", "dev", "lo"},
+		{"route", "add", "local", "default", "dev", "lo"},
 		{"-6", "route", "add", "local", "default", "dev", "lo"},
 	} {
 		cmd := exec.Command("ip", args...)
