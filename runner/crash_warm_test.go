@@ -41,7 +41,8 @@ func (s *scene) makeWarm(cfg *runner.Config) *waiter {
 		cfg.Providers[name] = late{p.(*counted), w}
 	}
 	for name, r := range cfg.Runtimes {
-		cfg.Runtimes[name] = lateRuntime{r, w}
+		puller, _ := r.(sandbox.Puller)
+		cfg.Runtimes[name] = lateRuntime{r, puller, w}
 	}
 	return w
 }
@@ -70,6 +71,7 @@ func (p late) Poll(ctx context.Context) (providers.Offer, error) {
 
 type lateRuntime struct {
 	sandbox.Runtime
+	sandbox.Puller // nil if it is none; then no rule has an image
 	*waiter
 }
 
