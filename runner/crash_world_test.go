@@ -165,7 +165,10 @@ func (s *scene) remove(t *testing.T) {
 // config is the agent of this world.
 func (s *scene) config(state *runner.State) (runner.Config, error) {
 	text := crashPolicy
-	if s.Kind == "fake" {
+	switch {
+	case s.Kind == "fake" && s.Warm:
+		text += "    image: registry.example/a/b:1\n" // without a lease, or it would not be warm
+	case s.Kind == "fake":
 		text += crashPull
 	}
 	if s.Kind == "kept" {

@@ -112,6 +112,9 @@ func classKey(runtime string, s sandbox.Spec) string {
 func classesOf(p *policy.Policy, outlives func(policy.Plan) time.Duration) []class {
 	var cs []class
 	for _, plan := range p.Plans() {
+		if plan.Pull != "" {
+			continue // what its image is pulled with is minted for a job
+		}
 		spec, life := specOf(plan), plan.Timeout+outlives(plan)
 		key := classKey(plan.Runtime, spec)
 		if i := slices.IndexFunc(cs, func(c class) bool { return c.key == key }); i >= 0 {

@@ -273,6 +273,7 @@ rules:
   - {name: small, match: {trust: local, workflow: small}, limits: {memory: 64MiB}}
   - {name: the-same, match: {trust: local, workflow: same}, timeout: 3h, limits: {memory: 64MiB}}
   - {name: large, match: {trust: local}, limits: {memory: 128MiB}}
+  - {name: leased, match: {trust: fork}, image: "debian:12", pull: hub, leases: [{name: hub, issuer: pg}]}
 `
 	p, err := policy.Parse([]byte(rules), "policy.yaml")
 	if err != nil {
