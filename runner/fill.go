@@ -31,7 +31,7 @@ func (p *pool) run(work, kill context.Context, left *errorList) {
 func (p *pool) tend(work, kill context.Context, runtime string, left *errorList) {
 	var leaving sync.WaitGroup
 	defer leaving.Wait()
-	wait, resting := retryFirst, map[string]time.Time{} // by class
+	resting := map[string]setback{} // by class
 	for {
 		p.calm(work)
 		p.inspect(work, runtime)
@@ -45,19 +45,38 @@ func (p *pool) tend(work, kill context.Context, runtime string, left *errorList)
 		if work.Err() != nil && !p.lent(runtime) {
 			return
 		}
-		next := poolLook
 		if c, ok := p.missing(runtime, resting); ok && work.Err() == nil {
-			err := p.make(work, c)
-			if err == nil {
-				wait = retryFirst
-				continue
+			if err := p.make(work, c); err != nil {
+				s := resting[c.key].again()
+				resting[c.key] = s
+				p.agent.cfg.Log.Warn().Err(err).Str("runtime", runtime).Dur("retry_in", s.wait).Msg("warm box")
+			} else {
+				delete(resting, c.key)
 			}
-			next, wait = wait, backoff(wait)
-			resting[c.key] = time.Now().Add(next)
-			p.agent.cfg.Log.Warn().Err(err).Str("runtime", runtime).Dur("retry_in", next).Msg("warm box")
+			continue // another class may be missing one too
+		}
+		next := poolLook
+		for _, s := range resting {
+			if left := time.Until(s.until); left > 0 {
+				next = min(next, left)
+			}
 		}
 		p.rest(work, runtime, next)
 	}
+}
+
+// A setback is that a class could not be made, which rests for longer each time.
+type setback struct {
+	until time.Time
+	wait  time.Duration
+}
+
+func (s setback) again() setback {
+	wait := retryFirst
+	if s.wait > 0 {
+		wait = backoff(s.wait)
+	}
+	return setback{time.Now().Add(wait), wait}
 }
 
 // calm waits until no job begins or ends, but not for long.
@@ -134,7 +153,7 @@ func (p *pool) lent(runtime string) bool {
 
 // missing is a class that has too few boxes, those that are being destroyed
 // included, and does not rest after a failure.
-func (p *pool) missing(runtime string, resting map[string]time.Time) (class, bool) {
+func (p *pool) missing(runtime string, resting map[string]setback) (class, bool) {
 	classes := classesOf(p.agent.rules.Load(), p.agent.outlives)
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -148,7 +167,7 @@ func (p *pool) missing(runtime string, resting map[string]time.Time) (class, boo
 				n++
 			}
 		}
-		if n < p.size && !time.Now().Before(resting[c.key]) {
+		if n < p.size && !time.Now().Before(resting[c.key].until) {
 			return c, true
 		}
 	}

@@ -78,13 +78,14 @@ func TestOrphansBesideWarmBoxes(t *testing.T) {
 	})
 }
 
-// A runtime that makes nothing is not asked without pause, and jobs go on; one
-// that works has its boxes meanwhile.
+// A box that cannot be made is not tried without pause, and jobs go on; others
+// are ready meanwhile, of the same runtime and of another.
 func TestWarmBoxCannotBeMade(t *testing.T) {
 	t.Parallel()
 	const rules = `version: 1
 rules:
   - {name: odd, match: {trust: [local]}, runtime: odd}
+  - {name: odder, match: {trust: [fork]}, runtime: odd, limits: {memory: 64MiB}}
   - {name: native, match: {trust: [fork]}}
 `
 	p, err := policy.Parse([]byte(rules), "policy.yaml")
@@ -100,7 +101,7 @@ rules:
 			c.Runtimes["odd"] = odd
 		})
 		time.Sleep(time.Hour)
-		warmed(t, a, 1)
+		warmed(t, a, 2)
 		if n := len(odd.asked); n < 60 || n > 200 {
 			t.Errorf("asked %d times in an hour, want every half a minute", n)
 		}
@@ -118,7 +119,10 @@ type refusing struct {
 	asked chan struct{}
 }
 
-func (r refusing) Create(context.Context, string, sandbox.Spec) (sandbox.Sandbox, error) {
+func (r refusing) Create(ctx context.Context, name string, s sandbox.Spec) (sandbox.Sandbox, error) {
+	if s.Limits.Memory > 0 {
+		return r.worldRuntime.Create(ctx, name, s)
+	}
 	r.asked <- struct{}{}
 	return nil, sandbox.ErrUnsupported
 }
