@@ -137,8 +137,7 @@ func TestWaitingJobEnds(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				w.offers <- job(providers.Step{Run: "block"}) // ten minutes
-				w.offers <- minute("acme/app", "never")
-				w.stops = "print never" // the one that runs goes on, or its turn could come first
+				w.stops = "print never"                       // the one that runs goes on, or its turn could come first
 				if c.after == 0 {
 					w.failWith(func(call, _ string) error {
 						if call == "audit.job.wait" {
@@ -155,6 +154,8 @@ func TestWaitingJobEnds(t *testing.T) {
 				drain, stop := context.WithCancel(kill)
 				a := w.agent(func(cfg *runner.Config) { oneAtOnce(cfg); cfg.Quotas.Patience = 5 * time.Minute })
 				go func() { done <- a.Run(drain, kill) }()
+				synctest.Wait() // the first has its turn
+				w.offers <- minute("acme/app", "never")
 				found := false
 				for range 2 {
 					r := <-w.results
