@@ -75,6 +75,13 @@ type lateRuntime struct {
 	*waiter
 }
 
+func (r lateRuntime) Pull(ctx context.Context, p sandbox.Pull) (sandbox.Image, error) {
+	if r.Puller == nil {
+		return sandbox.Image{}, nil
+	}
+	return r.Puller.Pull(ctx, p)
+}
+
 func (r lateRuntime) Create(ctx context.Context, name string, s sandbox.Spec) (sandbox.Sandbox, error) {
 	box, err := r.Runtime.Create(ctx, name, s)
 	if err != nil {

@@ -229,7 +229,7 @@ func (p *pool) make(work context.Context, c class) error {
 func (p *pool) pull(ctx context.Context, c class) (sandbox.Spec, error) {
 	spec := c.spec
 	puller, ok := p.agent.cfg.Runtimes[c.runtime].(sandbox.Puller)
-	if !ok || spec.Image == "" {
+	if !ok {
 		return spec, nil
 	}
 	image, err := puller.Pull(ctx, sandbox.Pull{Image: spec.Image})

@@ -114,7 +114,7 @@ func TestBoxOfAFailedJobIsKeptForItsTime(t *testing.T) {
 			t.Errorf("got %+v, want a failure", r)
 		}
 		want := []string{
-			"claim", "open", "box.create", "attach", "box.probe", "issue", "box.run", "box.probe", "box.alone",
+			"claim", "box.pull", "open", "box.create", "attach", "box.probe", "issue", "box.run", "box.probe", "box.alone",
 			"revoke", "probe", "close", "log.close", "complete",
 		}
 		if got := w.happened(); !slices.Equal(got, want) {

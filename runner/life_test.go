@@ -26,7 +26,7 @@ func TestLifeInOrder(t *testing.T) {
 		t.Errorf("got %+v, want success; log:\n%s", r, w.shown())
 	}
 	want := []string{
-		"claim", "open", "box.create", "attach", "box.probe", "issue", "box.run", // the first step
+		"claim", "box.pull", "open", "box.create", "attach", "box.probe", "issue", "box.run", // the first step
 		"open", "issue", "box.run", "revoke", "probe", "close", // the step with a scope of its own
 		"box.run", "box.probe", "revoke", "probe", "box.destroy", "close", "log.close", "complete",
 	}
@@ -47,7 +47,7 @@ func TestLifeInOrder(t *testing.T) {
 func TestEveryCallFails(t *testing.T) {
 	t.Parallel()
 	calls := []string{
-		"claim", "open", "box.create", "attach", "box.probe", "issue", "box.run", "revoke", "probe", "box.destroy", "close",
+		"claim", "box.pull", "open", "box.create", "attach", "box.probe", "issue", "box.run", "revoke", "probe", "box.destroy", "close",
 		"log.close", "complete", "audit.job.admit", "audit.box.attest", "audit.lease.request", "audit.lease.issue", "audit.lease.revoke",
 		"audit.job.end", "audit.job.complete",
 	}

@@ -14,9 +14,10 @@ import (
 
 // pullOwn makes the image of the plan ready before anything else is held, and
 // says what it is: from then on it has a digest and no name (docs/adr/0013). What
-// it is pulled with is gone when it returns. Without an image nothing is done.
+// it is pulled with is gone when it returns. The base of a runtime may be an
+// image too; of one that has none nothing is said.
 func (l *life) pullOwn(ctx context.Context, plan policy.Plan, deadline time.Time) (sandbox.Image, error) {
-	if plan.Image == "" {
+	if _, ok := l.cfg.Runtimes[plan.Runtime].(sandbox.Puller); plan.Image == "" && !ok {
 		return sandbox.Image{}, nil
 	}
 	request, err := l.credentials(ctx, plan, deadline)
@@ -38,6 +39,12 @@ func (l *life) pull(ctx context.Context, runtime, what string, p sandbox.Pull) (
 		return sandbox.Image{}, fmt.Errorf("image %s: boxes of runtime %q are made of no image: %w", p.Image, runtime, sandbox.ErrUnsupported)
 	}
 	img, err := puller.Pull(ctx, p)
+	if err == nil && p.Image == "" {
+		if img.Ref == "" {
+			return img, nil
+		}
+		p.Image = "of the runtime"
+	}
 	failpoint.Here("pulled")
 	err = errors.Join(err, l.audit(ctx, l.log.Job, "image.pull", p.Image, err,
 		"for", what, "digest", img.Digest, "bytes", number(img.Size), "runtime", runtime))

@@ -123,7 +123,10 @@ type Puller interface {
 
 // A Pull says which image is wanted and who asks for it.
 type Pull struct {
-	Image string // as a person writes it: debian:12, registry.example/a/b@sha256:…
+	// Image is as a person writes it: debian:12, registry.example/a/b@sha256:…;
+	// "" is the runtime's base, and what comes back is the zero Image if that is
+	// none.
+	Image string
 	// User and Password are for the registry of that name, and sent to nobody
 	// else, redirections included. Empty is anonymous.
 	User     string

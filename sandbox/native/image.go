@@ -35,6 +35,9 @@ func (r *Runtime) Images() *image.Store { return r.images }
 
 // Pull implements sandbox.Puller.
 func (r *Runtime) Pull(ctx context.Context, p sandbox.Pull) (sandbox.Image, error) {
+	if p.Image == "" {
+		return sandbox.Image{}, nil // the host's base is no image
+	}
 	if r.images == nil {
 		return sandbox.Image{}, fmt.Errorf("native: image %s: %w", p.Image, errNoImages)
 	}

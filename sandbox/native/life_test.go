@@ -67,8 +67,8 @@ func TestLife(t *testing.T) {
 			t.Errorf("Destroy(%q): got nil, want an error", name)
 		}
 	}
-	if _, err := r.Create(ctx, "image", sandbox.Spec{Image: "debian"}); !errors.Is(err, sandbox.ErrUnsupported) {
-		t.Errorf("Create with an image: got %v, want ErrUnsupported", err)
+	if _, err := r.Create(ctx, "image", sandbox.Spec{Image: "debian"}); !errors.Is(err, sandbox.ErrImage) {
+		t.Errorf("Create with an image: got %v, want ErrImage", err)
 	}
 	if _, err := r.Create(ctx, "tiny", sandbox.Spec{Limits: sandbox.Limits{Disk: 4096}}); !errors.Is(err, sandbox.ErrUnsupported) {
 		t.Errorf("Create with a disk of a page: got %v, want ErrUnsupported", err)

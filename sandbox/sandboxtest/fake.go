@@ -69,7 +69,7 @@ func (f *Fake) fail(call, name string) error {
 
 // Pull knows every image: its digest is that of its name.
 func (f *Fake) Pull(ctx context.Context, p sandbox.Pull) (sandbox.Image, error) {
-	if err := errors.Join(ctx.Err(), f.fail("pull", p.Image)); err != nil {
+	if err := errors.Join(ctx.Err(), f.fail("pull", p.Image)); err != nil || p.Image == "" {
 		return sandbox.Image{}, err
 	}
 	f.here("fake.image.asked")
