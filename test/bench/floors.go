@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // floors are what starting something costs without us.
@@ -17,6 +19,7 @@ type floors struct {
 	tool   string // test/bench/floor
 	root   string // empty directory for it
 	bundle string // of runc
+	runsc  string // gVisor's program; "" leaves it out
 	taken  map[string][]float64
 	rounds int
 }
@@ -25,12 +28,16 @@ const (
 	floorFork = "floor: fork and exec of true"
 	floorBox  = "floor: clone with all namespaces, overlay, pivot_root, true"
 	floorRunc = "floor: runc run of true over a read-only /usr"
+
+	floorRunsc = "floor: runsc run of true over the same"
 )
 
-func newFloors(w *world) (*floors, error) {
-	f := &floors{tool: w.path("tools/floor"), root: w.path("floor"), bundle: w.path("runc"), taken: map[string][]float64{}}
+// newFloors makes what they need below a directory of the world.
+func newFloors(w *world, name string) (*floors, error) {
+	dir := w.path(name)
+	f := &floors{tool: w.path("tools/floor"), root: dir + "/box", bundle: dir + "/runc", taken: map[string][]float64{}}
 	rootfs := filepath.Join(f.bundle, "rootfs")
-	err := errors.Join(os.Mkdir(f.root, 0o755), os.MkdirAll(rootfs+"/usr", 0o755), os.Mkdir(rootfs+"/proc", 0o755))
+	err := errors.Join(os.MkdirAll(f.root, 0o755), os.MkdirAll(rootfs+"/usr", 0o755), os.Mkdir(rootfs+"/proc", 0o755))
 	for _, name := range []string{"lib", "lib64"} {
 		err = errors.Join(err, os.Symlink("usr/"+name, filepath.Join(rootfs, name)))
 	}
@@ -70,14 +77,20 @@ func (f *floors) round(ctx context.Context) error {
 		UidMappings: id, GidMappings: id, GidMappingsEnableSetgroups: true, Credential: &syscall.Credential{},
 	}
 	name := fmt.Sprintf("mayfly-bench-%d-%d", os.Getpid(), f.rounds)
-	for _, c := range []struct {
+	type floor struct {
 		what string
 		cmd  *exec.Cmd
-	}{
+	}
+	list := []floor{
 		{floorFork, exec.CommandContext(ctx, "/usr/bin/true")},
 		{floorBox, box},
 		{floorRunc, exec.CommandContext(ctx, "runc", "--root", f.bundle+"/state", "run", "--bundle", f.bundle, name)},
-	} {
+	}
+	if f.runsc != "" {
+		list = append(list, floor{floorRunsc, exec.CommandContext(ctx, f.runsc, "--root="+f.runscState(), "--platform=systrap",
+			"--network=none", "--ignore-cgroups", "run", "--bundle="+f.bundle, name)})
+	}
+	for _, c := range list {
 		c.cmd.Stderr = os.Stderr
 		start := time.Now()
 		if err := c.cmd.Run(); err != nil {
@@ -88,11 +101,24 @@ func (f *floors) round(ctx context.Context) error {
 	return nil
 }
 
+func (f *floors) runscState() string { return f.bundle + "/runsc" }
+
+// close removes what runsc leaves mounted.
+func (f *floors) close() error {
+	err := unix.Unmount(f.runscState()+"/null-netns", unix.MNT_DETACH)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL) { // it ran nothing
+		return nil
+	}
+	return err
+}
+
 // forget drops the samples so far.
 func (f *floors) forget() { clear(f.taken) }
 
 func (f *floors) rows(t *table) {
-	for _, what := range []string{floorFork, floorBox, floorRunc} {
-		t.info(what, "ms", f.taken[what]...)
+	for _, what := range []string{floorFork, floorBox, floorRunc, floorRunsc} {
+		if len(f.taken[what]) > 0 {
+			t.info(what, "ms", f.taken[what]...)
+		}
 	}
 }

@@ -33,7 +33,7 @@ func latency(ctx context.Context, w *world, t *table) error {
 	if err != nil {
 		return err
 	}
-	f, err := newFloors(w)
+	f, err := newFloors(w, "floors")
 	if err != nil {
 		return err
 	}
@@ -312,7 +312,7 @@ func throughput(ctx context.Context, w *world, t *table) error {
 			if err != nil {
 				return err
 			}
-			rate, err := a.batch(ctx, file)
+			rate, err := a.batch(ctx, file, jobsOfABatch)
 			if err != nil {
 				return err
 			}
@@ -338,12 +338,12 @@ func throughput(ctx context.Context, w *world, t *table) error {
 }
 
 // batch returns the jobs a minute from the first claim to the last report.
-func (a *agent) batch(ctx context.Context, file string) (float64, error) {
+func (a *agent) batch(ctx context.Context, file string, jobs int) (float64, error) {
 	if _, err := a.run(ctx, file); err != nil { // makes what is made once
 		return 0, err
 	}
 	var ids []string
-	for range jobsOfABatch {
+	for range jobs {
 		id, err := a.submit(file)
 		if err != nil {
 			return 0, err
@@ -359,5 +359,5 @@ func (a *agent) batch(ctx context.Context, file string) (float64, error) {
 		begun, ended = append(begun, r.ClaimedAt), append(ended, r.CompletedAt)
 	}
 	d := slices.MaxFunc(ended, time.Time.Compare).Sub(slices.MinFunc(begun, time.Time.Compare))
-	return jobsOfABatch / d.Minutes(), nil
+	return float64(jobs) / d.Minutes(), nil
 }

@@ -34,6 +34,11 @@ const (
 	connectsOfAJob = 300
 	tracedJobs     = 3
 	maskRounds     = 5
+	coldRounds     = 15
+	readyBoxes     = 16 // of each runtime
+	readyGroups    = 4  // in which they are made
+	jobsOfAKind    = 30
+	adoptions      = 6
 )
 
 func main() {
@@ -62,6 +67,7 @@ func parts() []part {
 		{"gateway", throughGateway},
 		{"fsyncs", fsyncs},
 		{"peers", peers},
+		{"runtimes", runtimes},
 	}
 }
 

@@ -31,14 +31,19 @@ func workflowFiles() map[string]string {
 		return text
 	}
 	return map[string]string{
-		"lease.yml":   job("echo $EPOCHREALTIME"),
-		"bare.yml":    job("echo $EPOCHREALTIME"),
-		"true.yml":    job(`"true"`),
-		"leases.yml":  job(`"true"`),
-		"steps.yml":   job(slices.Repeat([]string{`"true"`}, stepsOfAJob)...),
-		"sleep.yml":   job("exec sleep 1000"),
-		"stream.yml":  job("$CLIENT stream $SERVER"),
-		"connect.yml": job("$CLIENT connect $SERVER " + strconv.Itoa(connectsOfAJob)),
+		"lease.yml":    job("echo $EPOCHREALTIME"),
+		"bare.yml":     job("echo $EPOCHREALTIME"),
+		"true.yml":     job(`"true"`),
+		"leases.yml":   job(`"true"`),
+		"steps.yml":    job(slices.Repeat([]string{`"true"`}, stepsOfAJob)...),
+		nativeFile:     job(`"true"`),
+		imageFile:      job(`"true"`),
+		gvisorFile:     job(`"true"`),
+		dockerFile:     job(`"true"`),
+		containerdFile: job(`"true"`),
+		"sleep.yml":    job("exec sleep 1000"),
+		"stream.yml":   job("$CLIENT stream $SERVER"),
+		"connect.yml":  job("$CLIENT connect $SERVER " + strconv.Itoa(connectsOfAJob)),
 	}
 }
 
