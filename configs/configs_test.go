@@ -98,6 +98,18 @@ func TestExampleDocker(t *testing.T) {
 	if own.Image != "debian:12" || own.Host != "unix:///var/run/docker.sock" || own.Images.Pull != "missing" || len(own.Images.From) != 1 {
 		t.Errorf("runtime: got %+v", own)
 	}
+	src, err := os.ReadFile("policy-docker.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := policy.Parse(src, "policy-docker.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	plan, err := p.Decide(providers.Job{Subject: creds.Subject{Repository: "acme/app"}, Trust: providers.TrustProtected})
+	if err != nil || len(plan.Images) != 2 || len(plan.Egress) != 2 || plan.Egress[1].Service != "search" {
+		t.Errorf("builds: got %+v, %v, want images that a workflow may name, and a way out of a service", plan, err)
+	}
 }
 
 func TestExampleContainerd(t *testing.T) {

@@ -6,10 +6,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/mayfly-ci/mayfly/runner/policy"
 )
 
 func parse(t *testing.T, more string) (*Config, error) {
@@ -47,6 +50,48 @@ func TestExampleComments(t *testing.T) {
 	}
 	if c.Warm.Boxes != 2 || c.Warm.Age != 10*time.Minute {
 		t.Errorf("got %+v", c.Warm)
+	}
+	if c.GitCache != (GitCache{DefaultGitDir, 10 << 30, 720 * time.Hour, 15 * time.Minute}) {
+		t.Errorf("got %+v", c.GitCache)
+	}
+}
+
+// TestExamplesNamed: each example is one that the README shows, and each of its
+// links leads to a file.
+func TestExamplesNamed(t *testing.T) {
+	t.Parallel()
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	linked := map[string]bool{}
+	for _, m := range regexp.MustCompile(`\]\(([^):#]+)\)`).FindAllStringSubmatch(string(readme), -1) {
+		linked[m[1]] = true
+		if _, err := os.Stat(filepath.Join("..", m[1])); err != nil {
+			t.Errorf("README.md: %v", err)
+		}
+	}
+	examples, err := filepath.Glob("agent*.yaml")
+	if err != nil || len(examples) < 6 {
+		t.Fatalf("got %v, %v, want the examples", examples, err)
+	}
+	for _, file := range examples {
+		if !linked["configs/"+file] {
+			t.Errorf("%s: README.md does not name it", file)
+		}
+		c, err := Load(file)
+		if err != nil {
+			t.Errorf("Load: %v", err)
+			continue
+		}
+		src, err := os.ReadFile(c.Policy)
+		if err != nil {
+			t.Errorf("%s: %v", file, err)
+			continue
+		}
+		if _, err := policy.Parse(src, c.Policy); err != nil {
+			t.Errorf("%s: %v", file, err)
+		}
 	}
 }
 

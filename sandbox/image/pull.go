@@ -172,7 +172,7 @@ func (s *Store) fromFiles(ctx context.Context, path string, n Name, from origin)
 	}
 	if n == (Name{}) {
 		if n, err = ParseName(called); err != nil || called == "" {
-			return img, refuse("the archive does not say what the image is called: give it a name")
+			return img, refuse("the archive does not say what the image is called: give it a name with --name")
 		}
 	}
 	return s.keep(ctx, found, n.String(), from)

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
@@ -51,8 +53,15 @@ func timed(do func() error) (float64, error) {
 	return ms(time.Since(began)), err
 }
 
+// A contest is what is compared, done in any order.
+type contest struct {
+	times int // in a round: what takes little is done more often
+	each  []func(ctx context.Context, name string) error
+}
+
 // cold makes, uses and destroys a box of each kind and, in turn with it, what is
-// no work of ours.
+// no work of ours. What is compared is done together, in an order of chance,
+// because an engine still tidies up when it has answered.
 func (s *stand) cold(ctx context.Context, t *table) error {
 	f, err := newFloors(s.world, "runtimes/floors")
 	if err != nil {
@@ -61,24 +70,20 @@ func (s *stand) cold(ctx context.Context, t *table) error {
 	f.runsc = s.runsc
 	s.closers = append(s.closers, f.close)
 	var engine, plain []start
+	all := s.contests(f, &engine, &plain)
+	n := 0
 	for i := range coldRounds + 1 {
-		name := fmt.Sprintf("bench-%d-cold-%d", os.Getpid(), i)
-		for _, k := range s.kinds {
-			if err := s.once(ctx, k, name); err != nil {
-				return fmt.Errorf("%s: %w", k.name, err)
+		rand.Shuffle(len(all), func(a, b int) { all[a], all[b] = all[b], all[a] })
+		for _, c := range all {
+			for range c.times {
+				rand.Shuffle(len(c.each), func(a, b int) { c.each[a], c.each[b] = c.each[b], c.each[a] })
+				for _, do := range c.each {
+					n++
+					if err := do(ctx, fmt.Sprintf("bench-%d-cold-%d", os.Getpid(), n)); err != nil {
+						return err
+					}
+				}
 			}
-		}
-		e, err := s.byDocker(ctx, name)
-		if err != nil {
-			return fmt.Errorf("docker alone: %w", err)
-		}
-		p, err := s.byContainerd(ctx, name)
-		if err != nil {
-			return fmt.Errorf("containerd alone: %w", err)
-		}
-		engine, plain = append(engine, e), append(plain, p)
-		if err := f.round(ctx); err != nil {
-			return err
 		}
 		if i > 0 {
 			continue
@@ -93,6 +98,30 @@ func (s *stand) cold(ctx context.Context, t *table) error {
 	return nil
 }
 
+func (s *stand) contests(f *floors, engine, plain *[]start) []contest {
+	ours := map[string]func(context.Context, string) error{}
+	for _, k := range s.kinds {
+		ours[k.file] = func(ctx context.Context, name string) error { return s.once(ctx, k, name) }
+	}
+	floor := func(what string) func(context.Context, string) error {
+		return func(ctx context.Context, _ string) error { return f.one(ctx, what) }
+	}
+	others := func(into *[]start, by func(context.Context, string) (start, error)) func(context.Context, string) error {
+		return func(ctx context.Context, name string) error {
+			took, err := by(ctx, name)
+			*into = append(*into, took)
+			return err
+		}
+	}
+	type list = []func(context.Context, string) error
+	return []contest{
+		{4, list{ours[nativeFile], ours[imageFile], floor(floorBox), floor(floorFork), floor(floorRunc)}},
+		{1, list{ours[gvisorFile], floor(floorRunsc)}},
+		{1, list{ours[dockerFile], others(engine, s.byDocker)}},
+		{1, list{ours[containerdFile], others(plain, s.byContainerd)}},
+	}
+}
+
 func (s *stand) coldRows(t *table, f *floors, engine, plain []start) {
 	for _, k := range s.kinds {
 		started, whole := column(k.starts, start.started), column(k.starts, start.whole)
@@ -102,17 +131,24 @@ func (s *stand) coldRows(t *table, f *floors, engine, plain []start) {
 		t.info("  first process", "ms", column(k.starts, func(s start) float64 { return s.first })...)
 		t.info("  destroy", "ms", column(k.starts, func(s start) float64 { return s.destroy })...)
 		made := column(k.starts, func(s start) float64 { return s.create + s.destroy })
+		var of, to []float64
 		switch k.file {
 		case nativeFile:
-			t.most(2, k.name+": cold start, times the floor of a box", "×", ratios(started, f.taken[floorBox])...)
-			t.info("  destroy included", "×", ratios(whole, f.taken[floorBox])...)
+			of, to = started, f.taken[floorBox]
+			t.most(2, k.name+": cold start, times the floor of a box", "×", ratios(of, to)...)
 		case dockerFile:
-			t.most(1.1, k.name+": create and destroy, times the engine's create, start and remove", "×", ratios(made, column(engine, start.whole))...)
+			of, to = made, column(engine, start.whole)
+			t.most(1.1, k.name+": create and destroy, times the engine's create, start and remove", "×", ratios(of, to)...)
 		case containerdFile:
-			t.info(k.name+": create and destroy, times containerd's own", "×", ratios(made, column(plain, start.whole))...)
+			of, to = made, column(plain, start.whole)
+			t.info(k.name+": create and destroy, times containerd's own", "×", ratios(of, to)...)
 		case gvisorFile:
-			t.info(k.name+": cold start and destroy, times runsc run", "×", ratios(whole, f.taken[floorRunsc])...)
+			of, to = whole, f.taken[floorRunsc]
+			t.info(k.name+": cold start and destroy, times runsc run", "×", ratios(of, to)...)
+		default:
+			continue
 		}
+		t.info("  the least of one by the least of the other", "×", slices.Min(of)/slices.Min(to))
 	}
 	t.info("floor: docker, create and start without network, and remove", "ms", column(engine, start.whole)...)
 	t.info("floor: containerd, snapshot, container and task, and remove", "ms", column(plain, start.whole)...)
@@ -134,7 +170,10 @@ func (s *stand) once(ctx context.Context, k *kind, name string) error {
 	destroy, derr := timed(func() error { return k.runtime.Destroy(ctx, name) })
 	took.destroy = destroy
 	k.starts = append(k.starts, took)
-	return errors.Join(err, derr)
+	if err = errors.Join(err, derr); err != nil {
+		return fmt.Errorf("%s: %w", k.name, err)
+	}
+	return nil
 }
 
 // use does what a job does first with a box: its network, with a gateway that

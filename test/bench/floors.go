@@ -9,7 +9,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -19,7 +18,7 @@ type floors struct {
 	tool   string // test/bench/floor
 	root   string // empty directory for it
 	bundle string // of runc
-	runsc  string // gVisor's program; "" leaves it out
+	runsc  string // gVisor's program, for floorRunsc
 	taken  map[string][]float64
 	rounds int
 }
@@ -68,37 +67,46 @@ func runcConfig() map[string]any {
 
 // round does each once.
 func (f *floors) round(ctx context.Context) error {
-	f.rounds++
-	box := exec.CommandContext(ctx, f.tool, f.root)
-	id := []syscall.SysProcIDMap{{HostID: 1 << 29, Size: 65536}}
-	box.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWNET |
-			syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS | syscall.CLONE_NEWCGROUP,
-		UidMappings: id, GidMappings: id, GidMappingsEnableSetgroups: true, Credential: &syscall.Credential{},
-	}
-	name := fmt.Sprintf("mayfly-bench-%d-%d", os.Getpid(), f.rounds)
-	type floor struct {
-		what string
-		cmd  *exec.Cmd
-	}
-	list := []floor{
-		{floorFork, exec.CommandContext(ctx, "/usr/bin/true")},
-		{floorBox, box},
-		{floorRunc, exec.CommandContext(ctx, "runc", "--root", f.bundle+"/state", "run", "--bundle", f.bundle, name)},
-	}
-	if f.runsc != "" {
-		list = append(list, floor{floorRunsc, exec.CommandContext(ctx, f.runsc, "--root="+f.runscState(), "--platform=systrap",
-			"--network=none", "--ignore-cgroups", "run", "--bundle="+f.bundle, name)})
-	}
-	for _, c := range list {
-		c.cmd.Stderr = os.Stderr
-		start := time.Now()
-		if err := c.cmd.Run(); err != nil {
-			return fmt.Errorf("%s: %w", c.what, err)
+	for _, what := range []string{floorFork, floorBox, floorRunc} {
+		if err := f.one(ctx, what); err != nil {
+			return err
 		}
-		f.taken[c.what] = append(f.taken[c.what], ms(time.Since(start)))
 	}
 	return nil
+}
+
+// one does one of them once.
+func (f *floors) one(ctx context.Context, what string) error {
+	f.rounds++
+	cmd := f.command(ctx, what)
+	cmd.Stderr = os.Stderr
+	took, err := timed(cmd.Run)
+	if err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	f.taken[what] = append(f.taken[what], took)
+	return nil
+}
+
+func (f *floors) command(ctx context.Context, what string) *exec.Cmd {
+	name := fmt.Sprintf("mayfly-bench-%d-%d", os.Getpid(), f.rounds)
+	switch what {
+	case floorBox:
+		box := exec.CommandContext(ctx, f.tool, f.root)
+		id := []syscall.SysProcIDMap{{HostID: 1 << 29, Size: 65536}}
+		box.SysProcAttr = &syscall.SysProcAttr{
+			Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS | syscall.CLONE_NEWPID | syscall.CLONE_NEWNET |
+				syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS | syscall.CLONE_NEWCGROUP,
+			UidMappings: id, GidMappings: id, GidMappingsEnableSetgroups: true, Credential: &syscall.Credential{},
+		}
+		return box
+	case floorRunc:
+		return exec.CommandContext(ctx, "runc", "--root", f.bundle+"/state", "run", "--bundle", f.bundle, name)
+	case floorRunsc:
+		return exec.CommandContext(ctx, f.runsc, "--root="+f.runscState(), "--platform=systrap",
+			"--network=none", "--ignore-cgroups", "run", "--bundle="+f.bundle, name)
+	}
+	return exec.CommandContext(ctx, "/usr/bin/true")
 }
 
 func (f *floors) runscState() string { return f.bundle + "/runsc" }

@@ -127,7 +127,7 @@ func (s *stand) adopt(ctx context.Context, k *kind, boxes []readyBox, t *table) 
 		starts = append(starts, took)
 	}
 	t.most(5, k.name+": a box that is ready: attached, gateway included", "ms", column(starts, func(s start) float64 { return s.attach })...)
-	t.most(5, "  and first process has run", "ms", column(starts, start.started)...)
+	t.most(5, k.name+": a box that is ready: first process has run, too", "ms", column(starts, start.started)...)
 	return nil
 }
 
