@@ -79,10 +79,10 @@ type confinement struct {
 
 func confinements() []confinement {
 	return []confinement{
-		{"github.com/docker/docker", "sandbox/docker test/dockertest", "sandbox/docker test/...", "one runtime speaks to a Docker Engine"},
+		{"github.com/docker/docker", "sandbox/docker test/dockertest test/bench", "sandbox/docker test/...", "one runtime speaks to a Docker Engine"},
 		{"github.com/containerd/errdefs", "sandbox/docker sandbox/containerd test/containerdtest", "sandbox/docker sandbox/containerd", "what the errors of both clients are made of"},
 		{"github.com/containerd/errdefs/pkg", "sandbox/containerd", "", "what they are on the wire"},
-		{"github.com/containerd/containerd/v2", "sandbox/containerd sandbox/image test/containerdtest", "sandbox/containerd", "one runtime speaks to containerd; its archive package applies layers"},
+		{"github.com/containerd/containerd/v2", "sandbox/containerd sandbox/image test/containerdtest test/bench", "sandbox/containerd", "one runtime speaks to containerd; its archive package applies layers"},
 		{"github.com/containerd/containerd/api", "sandbox/containerd test/containerdtest", "sandbox/containerd", "its messages about tasks, which the client wraps in more than a box needs"},
 		{"github.com/containerd/typeurl/v2", "sandbox/containerd", "sandbox/containerd", "how containerd carries a specification"},
 		{"github.com/containerd/log", "sandbox/containerd", "", "to silence it: implementations return errors and do not log"},
