@@ -48,6 +48,10 @@ func (s *stand) readyOf(ctx context.Context, k *kind, t *table) (err error) {
 			err = errors.Join(err, k.runtime.Destroy(ctx, b.name))
 		}
 	}()
+	idle, err := s.engines()
+	if err != nil {
+		return err
+	}
 	var left []float64 // a box, by what the machine has left
 	for range readyGroups {
 		if err := pause(ctx, betweenReady); err != nil {
@@ -77,7 +81,11 @@ func (s *stand) readyOf(ctx context.Context, k *kind, t *table) (err error) {
 	if err != nil {
 		return err
 	}
-	k.densityRows(t, used, left)
+	busy, err := s.engines()
+	if err != nil {
+		return err
+	}
+	k.densityRows(t, used, left, (busy-idle)/readyBoxes)
 	return s.adopt(ctx, k, boxes, t)
 }
 
@@ -105,15 +113,40 @@ func (k *kind) used(ctx context.Context, boxes []readyBox) ([]float64, error) {
 	return used, nil
 }
 
-// densityRows say how many boxes would be in 8 GiB, which nobody has tried. What
-// others do on the machine meanwhile shows in what it has left.
-func (k *kind) densityRows(t *table, used, left []float64) {
+// densityRows say how many boxes would be in 8 GiB, which nobody has tried: by
+// what their control groups are charged for, and what the engines' own processes
+// have grown by. What others do on the machine meanwhile shows in what it has
+// left, so that on a busy one that figure means nothing.
+func (k *kind) densityRows(t *table, used, left []float64, engine float64) {
 	t.info(fmt.Sprintf("%s: memory of an idle box, of %d, by its control group", k.name, readyBoxes), "MiB", used...)
-	t.info("  by what the machine has left, processes of an engine included", "MiB", left...)
-	t.info("  idle boxes in 8 GiB, extrapolated by control groups", "boxes", 8*1024/median(used))
-	if each := median(left); each > 0 {
-		t.info("  idle boxes in 8 GiB, extrapolated by what is left", "boxes", 8*1024/each)
+	each := median(used)
+	if k.engine {
+		t.info("  of the engine's own processes, a box", "MiB", engine)
+		each += engine
 	}
+	t.info("  idle boxes in 8 GiB, extrapolated from these", "boxes", 8*1024/each)
+	t.info("  by what the machine has left, to compare", "MiB", left...)
+}
+
+// engines is the memory of the daemons and of the parents of their containers,
+// which all have their directory in their arguments, in MiB. What they share with
+// others is counted in parts.
+func (s *stand) engines() (float64, error) {
+	all, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return 0, err
+	}
+	sum := 0.0
+	for _, dir := range all {
+		args, _ := os.ReadFile(dir + "/cmdline") // it may have ended
+		if !strings.Contains(string(args), s.world.path("runtimes")+"/") {
+			continue
+		}
+		if pss, err := field(dir+"/smaps_rollup", "Pss:"); err == nil {
+			sum += pss
+		}
+	}
+	return sum, nil
 }
 
 // adopt gives each box its first job.

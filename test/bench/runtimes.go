@@ -58,6 +58,7 @@ type kind struct {
 	spec       sandbox.Spec
 	groups     func(ctx context.Context, boxes []string) ([]string, error)
 	starts     []start
+	engine     bool // processes of an engine belong to its boxes
 }
 
 // The workflows of the kinds.
@@ -131,8 +132,8 @@ func (s *stand) boxes(ctx context.Context, dir string) error {
 		{name: "native", file: nativeFile, runtime: own, groups: groupsOf},
 		{name: "native with an image", file: imageFile, rule: "image: " + dockertest.Busybox, runtime: own, spec: sandbox.Spec{Image: img.Ref}, groups: groupsOf},
 		{name: "native with gVisor", file: gvisorFile, rule: "isolation: gvisor", runtime: own, spec: sandbox.Spec{Isolation: sandbox.GVisor}, groups: groupsOf},
-		{name: "docker", file: dockerFile, rule: "runtime: docker", runtime: engine, groups: s.dockerGroups},
-		{name: "containerd", file: containerdFile, rule: "runtime: containerd", runtime: plain, groups: s.containerdGroups},
+		{name: "docker", file: dockerFile, rule: "runtime: docker", runtime: engine, groups: s.dockerGroups, engine: true},
+		{name: "containerd", file: containerdFile, rule: "runtime: containerd", runtime: plain, groups: s.containerdGroups, engine: true},
 	}
 	return nil
 }
