@@ -46,6 +46,10 @@ type Config struct {
 	// that are indented by two.
 	Providers, Sandbox string
 
+	// Native is more of the section of the native runtime, such as
+	// "images: {pull: never}".
+	Native string
+
 	// Git gives the agent a git cache, which is the world's.
 	Git bool
 }
@@ -83,8 +87,12 @@ func New(tb testing.TB, c Config) *World {
 	if c.Policy == "" {
 		c.Policy = Policy
 	}
-	agent := fmt.Sprintf("version: 1\nstate: %s\nslots: %d\npolicy: policy.yaml\nproviders:\n  local: {dir: %s}\n%ssandbox:\n  native: {cgroup: %s}\n%slog: {level: info, format: json}\n",
-		w.State, c.Slots, w.Spool, c.Providers, w.Cgroup, c.Sandbox)
+	own := "cgroup: " + w.Cgroup
+	if c.Native != "" {
+		own += ", " + c.Native
+	}
+	agent := fmt.Sprintf("version: 1\nstate: %s\nslots: %d\npolicy: policy.yaml\nproviders:\n  local: {dir: %s}\n%ssandbox:\n  native: {%s}\n%slog: {level: info, format: json}\n",
+		w.State, c.Slots, w.Spool, c.Providers, own, c.Sandbox)
 	if c.Git {
 		w.Git = filepath.Join(dir, "git")
 		agent += fmt.Sprintf("git_cache: {dir: %s}\n", w.Git)

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -164,14 +165,17 @@ func load(t *testing.T, d *dockertest.Daemon) {
 	}
 }
 
-// archive has the images as "docker save" writes them.
-func archive(t *testing.T) io.Reader {
+// saved are the images, in an archive as "docker save" writes it too.
+func saved(t *testing.T) images {
 	t.Helper()
-	d := dockertest.Start(t)
-	load(t, d)
-	var b bytes.Buffer
-	if err := d.Save(t.Context(), &b, postgresImage, webImage); err != nil {
+	i := images{dockertest.Start(t), filepath.Join(t.TempDir(), "images.tar")}
+	load(t, i.daemon)
+	f, err := os.Create(i.file)
+	if err == nil {
+		err = errors.Join(i.daemon.Save(t.Context(), f, postgresImage, webImage), f.Close())
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
-	return &b
+	return i
 }

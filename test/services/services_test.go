@@ -3,8 +3,10 @@
 package services_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"os"
 	"regexp"
 	"strings"
 	"testing"
@@ -13,47 +15,71 @@ import (
 	"github.com/mayfly-ci/mayfly/test/agenttest"
 	"github.com/mayfly-ci/mayfly/test/containerdtest"
 	"github.com/mayfly-ci/mayfly/test/dockertest"
+	"github.com/mayfly-ci/mayfly/test/servertest"
 )
 
+// runscEnv says where gVisor's program is.
+const runscEnv = "MAYFLY_TEST_RUNSC"
+
 func TestMain(m *testing.M) {
-	agenttest.Main(m, func(string) error { return errors.Join(dockertest.Prepare(), containerdtest.Prepare()) })
+	agenttest.Main(m, func(string) error {
+		runsc, err := servertest.Runsc(context.Background())
+		return errors.Join(err, os.Setenv(runscEnv, runsc), dockertest.Prepare(), containerdtest.Prepare())
+	})
 }
 
 // bound is for anything that takes seconds on a quiet machine.
 const bound = 3 * time.Minute
 
-// An engine is a runtime that the tests run on.
-type engine struct {
-	name    string
-	sandbox func(*testing.T) string // its lines of agent.yaml; the images are there then
+// images are those of the services: in a Docker daemon, and in the archive that
+// it saved.
+type images struct {
+	daemon *dockertest.Daemon
+	file   string
 }
 
-func engines() []engine {
-	return []engine{
-		{"containerd", func(t *testing.T) string {
+// A way is one of running boxes.
+type way struct {
+	name, rule string                                      // what the rules say of it
+	tell       func(*testing.T, *agenttest.Config, images) // tells the agent
+}
+
+func ways() []way {
+	return []way{
+		{"containerd", "runtime: containerd", func(t *testing.T, c *agenttest.Config, i images) {
 			d := containerdtest.Start(t, containerdtest.Packaged)
-			agenttest.Must(t, d.Import(t.Context(), archive(t)))
-			return fmt.Sprintf("  containerd: {image: %q, address: %q}\n", containerdtest.Debian, d.Address())
+			f, err := os.Open(i.file)
+			agenttest.Must(t, err)
+			agenttest.Must(t, errors.Join(d.Import(t.Context(), f), f.Close()))
+			c.Sandbox = fmt.Sprintf("  containerd: {image: %q, address: %q}\n", containerdtest.Debian, d.Address())
 		}},
-		{"docker", func(t *testing.T) string {
-			d := dockertest.Start(t)
-			load(t, d)
-			return fmt.Sprintf("  docker: {image: %q, host: %q}\n", dockertest.Debian, d.Host())
+		{"docker", "runtime: docker", func(_ *testing.T, c *agenttest.Config, i images) {
+			c.Sandbox = fmt.Sprintf("  docker: {image: %q, host: %q}\n", dockertest.Debian, i.daemon.Host())
+		}},
+		{"native", "runtime: native", func(_ *testing.T, c *agenttest.Config, i images) { c.Native = i.sources() }},
+		{"gVisor", "isolation: gvisor", func(_ *testing.T, c *agenttest.Config, i images) {
+			c.Native = i.sources() + fmt.Sprintf(", gvisor: {runsc: %q}", os.Getenv(runscEnv))
 		}},
 	}
+}
+
+// sources has the native runtime take the images from the file, and never from a
+// registry.
+func (i images) sources() string {
+	return fmt.Sprintf("images: {pull: never, sources: {%q: %q, %q: %[2]q}}", postgresImage, i.file, webImage)
 }
 
 const policy = `version: 1
 rules:
   - name: services
     match: {trust: local, workflow: "**/services.yml"}
-    runtime: %[1]s
+    %[1]s
     images: ["docker.io/mayfly-test/*:*"]
     timeout: 3m
     limits: {memory: 512MiB, pids: 128, disk: 256MiB, log: 1MiB}
   - name: others
     match: {trust: local}
-    runtime: %[1]s
+    %[1]s
     timeout: 3m
     limits: {memory: 512MiB, pids: 128, disk: 256MiB, log: 1MiB}
 `
@@ -93,9 +119,12 @@ jobs:
 // TestServices: a job uses two services of one port by their names and by ports
 // of its localhost, and nobody else can.
 func TestServices(t *testing.T) {
-	for _, e := range engines() {
-		t.Run(e.name, func(t *testing.T) {
-			w := agenttest.New(t, agenttest.Config{Policy: fmt.Sprintf(policy, e.name), Sandbox: e.sandbox(t)})
+	given := saved(t)
+	for _, way := range ways() {
+		t.Run(way.name, func(t *testing.T) {
+			c := agenttest.Config{Policy: fmt.Sprintf(policy, way.rule)}
+			way.tell(t, &c, given)
+			w := agenttest.New(t, c)
 			a := w.Start(t)
 			id := w.Submit(t, w.Commit(t, "services", workflow))
 			r := w.Result(t, id, bound)
