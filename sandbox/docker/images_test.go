@@ -19,6 +19,7 @@ import (
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/engine"
+	"github.com/mayfly-ci/mayfly/sandbox/engine/enginetest"
 )
 
 func digestNumber(n int) string { return fmt.Sprintf("sha256:%064x", n) }
@@ -171,7 +172,7 @@ func TestLyingDaemon(t *testing.T) {
 				t.Fatal(err)
 			}
 			cfg.Images = engine.Images{From: []string{"a.example/b"}}
-			got, err := newRuntime(t, cfg).Pull(bounded(t), sandbox.Pull{Image: c.image, User: user, Password: creds.NewSecret(password)})
+			got, err := newRuntime(t, cfg).Pull(enginetest.Bounded(t), sandbox.Pull{Image: c.image, User: user, Password: creds.NewSecret(password)})
 			if c.want == "" && (err != nil || got.Ref != digestNumber(1)) || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 				t.Errorf("got %+v, %.500v, want %q", got, err, c.want)
 			}

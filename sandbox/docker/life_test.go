@@ -14,6 +14,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/engine"
+	"github.com/mayfly-ci/mayfly/sandbox/engine/enginetest"
 	"github.com/mayfly-ci/mayfly/test/dockertest"
 )
 
@@ -34,7 +35,7 @@ func life(t *testing.T, e dockertest.Engine) {
 func testBox(t *testing.T, d *dockertest.Daemon) {
 	cfg := config(t, d)
 	r := newRuntime(t, cfg)
-	b := create(t, r, "box", sandbox.Spec{})
+	b := enginetest.Create(t, r, "box", sandbox.Spec{})
 	s, err := b.Attach(t.Context())
 	if err != nil || s.TCP == nil || s.DNS == nil || s.Log == nil {
 		t.Fatalf("Attach: got %+v, %v, want three sockets", s, err)
@@ -52,7 +53,7 @@ func testBox(t *testing.T, d *dockertest.Daemon) {
 	}
 	// What a job writes is on the disk of the box, and none of it in the layer
 	// of the container, in a volume, or in a file that the engine lends.
-	out, exit := script(t, b, `for d in / /usr/bin /etc /var/lib /tmp /opt; do echo mayfly-mark > $d/mark; done; echo more >> /etc/hosts && df --output=size / /etc/hosts /workspace | sort -u | wc -l`)
+	out, exit := enginetest.Script(t, b, `for d in / /usr/bin /etc /var/lib /tmp /opt; do echo mayfly-mark > $d/mark; done; echo more >> /etc/hosts && df --output=size / /etc/hosts /workspace | sort -u | wc -l`)
 	if exit.Code != 0 || out != "2\n" {
 		t.Errorf("writing everywhere: got %q %+v, want one file system", out, exit)
 	}
@@ -66,7 +67,7 @@ func testBox(t *testing.T, d *dockertest.Daemon) {
 		t.Error(err)
 	}
 	// The guest takes no second stream, also not from root of the box.
-	if out, _ := script(t, b, `python3 -c 'import socket; socket.socket(socket.AF_UNIX).connect("\0mayfly-guest")' 2>&1 | tail -1`); !strings.Contains(out, "refused") {
+	if out, _ := enginetest.Script(t, b, `python3 -c 'import socket; socket.socket(socket.AF_UNIX).connect("\0mayfly-guest")' 2>&1 | tail -1`); !strings.Contains(out, "refused") {
 		t.Errorf("a step connects to the guest: got %q, want refused", out)
 	}
 }
@@ -74,21 +75,21 @@ func testBox(t *testing.T, d *dockertest.Daemon) {
 func testImages(t *testing.T, d *dockertest.Daemon) {
 	cfg := config(t, d)
 	r := newRuntime(t, cfg)
-	b := create(t, r, "busybox", sandbox.Spec{Image: dockertest.Busybox})
-	if out, exit := script(t, b, "test ! -e /bin/bash && cat /etc/hosts && touch /workspace/f && ls -ld /tmp"); exit.Code != 0 || !strings.Contains(out, "mayfly") || !strings.HasPrefix(out[strings.LastIndex(out, "drwx"):], "drwxrwxrwt") {
+	b := enginetest.Create(t, r, "busybox", sandbox.Spec{Image: dockertest.Busybox})
+	if out, exit := enginetest.Script(t, b, "test ! -e /bin/bash && cat /etc/hosts && touch /workspace/f && ls -ld /tmp"); exit.Code != 0 || !strings.Contains(out, "mayfly") || !strings.HasPrefix(out[strings.LastIndex(out, "drwx"):], "drwxrwxrwt") {
 		t.Errorf("in busybox: got %q %+v", out, exit)
 	}
 	inspect, err := d.Engine().ImageInspect(t.Context(), dockertest.Busybox)
 	if err != nil {
 		t.Fatal(err)
 	}
-	byID := create(t, r, "by-id", sandbox.Spec{Image: inspect.ID})
-	if out, exit := script(t, byID, "echo here"); exit.Code != 0 || out != "here\n" {
+	byID := enginetest.Create(t, r, "by-id", sandbox.Spec{Image: inspect.ID})
+	if out, exit := enginetest.Script(t, byID, "echo here"); exit.Code != 0 || out != "here\n" {
 		t.Errorf("by id: got %q %+v", out, exit)
 	}
 	const absent = "mayfly-test/absent:1"
-	destroyAfter(t, r, "absent")
-	if _, err := r.Create(bounded(t), "absent", sandbox.Spec{Image: absent}); !errors.Is(err, sandbox.ErrUnsupported) || !strings.Contains(err.Error(), absent) {
+	enginetest.DestroyAfter(t, r, "absent")
+	if _, err := r.Create(enginetest.Bounded(t), "absent", sandbox.Spec{Image: absent}); !errors.Is(err, sandbox.ErrUnsupported) || !strings.Contains(err.Error(), absent) {
 		t.Errorf("an image that is not there: got %v, want ErrUnsupported and its name", err)
 	}
 	// An image may ask for volumes, a user, a health check and an entry point.
@@ -103,11 +104,11 @@ func testImages(t *testing.T, d *dockertest.Daemon) {
 	if err := errors.Join(err, d.Engine().ContainerRemove(t.Context(), c.ID, container.RemoveOptions{})); err != nil {
 		t.Fatal(err)
 	}
-	b = create(t, r, "nosy", sandbox.Spec{Image: nosy})
+	b = enginetest.Create(t, r, "nosy", sandbox.Spec{Image: nosy})
 	if c, err := d.Engine().ContainerInspect(t.Context(), "nosy"); err != nil || c.State.Health != nil && c.State.Health.Status != container.NoHealthcheck {
 		t.Errorf("health check of an image: got %+v, %v, want none", c.State, err)
 	}
-	if out, exit := script(t, b, "id -u; pwd; ls -A; echo x > /root/f; grep -c -e /root -e /workspace /proc/mounts; env"); exit.Code != 0 || out != "0\n/workspace\n0\nHOME=/root\nPATH=/usr/sbin:/usr/bin:/sbin:/bin\nPWD=/workspace\n" && !strings.HasPrefix(out, "0\n/workspace\n0\n") || strings.Contains(out, "SECRET") {
+	if out, exit := enginetest.Script(t, b, "id -u; pwd; ls -A; echo x > /root/f; grep -c -e /root -e /workspace /proc/mounts; env"); exit.Code != 0 || out != "0\n/workspace\n0\nHOME=/root\nPATH=/usr/sbin:/usr/bin:/sbin:/bin\nPWD=/workspace\n" && !strings.HasPrefix(out, "0\n/workspace\n0\n") || strings.Contains(out, "SECRET") {
 		t.Errorf("an image with wishes: got %q %+v, want root in an empty workspace without volumes", out, exit)
 	}
 }
@@ -120,10 +121,10 @@ func testStranger(t *testing.T, d *dockertest.Daemon) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := r.Create(bounded(t), "taken", sandbox.Spec{}); !errors.Is(err, sandbox.ErrExists) {
+	if _, err := r.Create(enginetest.Bounded(t), "taken", sandbox.Spec{}); !errors.Is(err, sandbox.ErrExists) {
 		t.Errorf("Create: got %v, want ErrExists", err)
 	}
-	if err := r.Destroy(bounded(t), "taken"); err != nil {
+	if err := r.Destroy(enginetest.Bounded(t), "taken"); err != nil {
 		t.Errorf("Destroy: %v", err)
 	}
 	if err := d.Engine().ContainerRemove(t.Context(), c.ID, container.RemoveOptions{}); err != nil {
@@ -135,7 +136,7 @@ func testStranger(t *testing.T, d *dockertest.Daemon) {
 func points() []string {
 	return []string{
 		"docker.named", "docker.recorded", "docker.created", "docker.answered", "docker.disk", "docker.started",
-		"docker.entered", "docker.ready", pointRunning, "docker.ended", "docker.removed",
+		"docker.entered", "docker.ready", enginetest.PointRunning, "docker.ended", "docker.removed",
 	}
 }
 
@@ -147,21 +148,21 @@ func testKilledAgent(t *testing.T, d *dockertest.Daemon) {
 			cfg := config(t, d)
 			name := "killed-" + strings.ReplaceAll(point, ".", "-")
 			spec := sandbox.Spec{Labels: sandbox.Labels{Owner: "test", Job: "j", Generation: 1}, Image: dockertest.Busybox}
-			if err := orphan(bounded(t), order{State: cfg.StateDir, Host: d.Host(), Name: name, Point: point, Spec: spec}); err != nil {
+			if err := enginetest.Orphan(enginetest.Bounded(t), enginetest.Order{State: cfg.StateDir, Address: d.Host(), Image: cfg.Image, Name: name, Point: point, Spec: spec}); err != nil {
 				t.Fatal(err)
 			}
 			r := newRuntime(t, cfg)
-			infos, err := r.List(bounded(t))
+			infos, err := r.List(enginetest.Bounded(t))
 			if err != nil || len(infos) != 1 || infos[0].Name != name || infos[0].Labels.Owner != "test" {
 				t.Errorf("List: got %+v, %v, want the partial box", infos, err)
 			}
-			if point == "docker.entered" || point == "docker.ready" || point == pointRunning { // the guest has a stream
-				eventually(t, "processes end without help", func() bool {
-					c, err := d.Engine().ContainerInspect(bounded(t), name)
+			if point == "docker.entered" || point == "docker.ready" || point == enginetest.PointRunning { // the guest has a stream
+				enginetest.Eventually(t, "processes end without help", func() bool {
+					c, err := d.Engine().ContainerInspect(enginetest.Bounded(t), name)
 					return err == nil && !c.State.Running
 				})
 			}
-			if err := r.Destroy(bounded(t), name); err != nil {
+			if err := r.Destroy(enginetest.Bounded(t), name); err != nil {
 				t.Fatal(err)
 			}
 			nothingLeft(t, d, cfg.StateDir)
@@ -188,7 +189,7 @@ func testInFlight(t *testing.T, d *dockertest.Daemon) {
 		go func() {
 			close(sent)
 			spec := sandbox.Spec{Image: dockertest.Busybox, Limits: cfg.Limits}
-			_, err := r.engine.ContainerCreate(bounded(t), r.config(spec), r.hostConfig(spec), nil, nil, name)
+			_, err := r.engine.ContainerCreate(enginetest.Bounded(t), r.config(spec), r.hostConfig(spec), nil, nil, name)
 			made <- err
 		}()
 		<-sent
@@ -198,20 +199,20 @@ func testInFlight(t *testing.T, d *dockertest.Daemon) {
 			made <- err
 		case <-time.After(5 * time.Millisecond):
 		}
-		if err := r.Destroy(bounded(t), name); err != nil {
+		if err := r.Destroy(enginetest.Bounded(t), name); err != nil {
 			t.Error(err)
 		}
 		// The request may have come too late for its name, or in time.
 		if err := <-made; err != nil {
 			t.Logf("the late request: %v", err)
 		}
-		infos, err := r.List(bounded(t))
+		infos, err := r.List(enginetest.Bounded(t))
 		if err != nil {
 			t.Fatal(err)
 		}
 		late += len(infos)
 		for _, info := range infos {
-			if err := r.Destroy(bounded(t), info.Name); err != nil {
+			if err := r.Destroy(enginetest.Bounded(t), info.Name); err != nil {
 				t.Error(err)
 			}
 		}
@@ -224,7 +225,7 @@ func testInFlight(t *testing.T, d *dockertest.Daemon) {
 
 func testCheck(t *testing.T, d *dockertest.Daemon) {
 	cfg := config(t, d)
-	claims, err := newRuntime(t, cfg).Check(bounded(t))
+	claims, err := newRuntime(t, cfg).Check(enginetest.Bounded(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -235,11 +236,11 @@ func testCheck(t *testing.T, d *dockertest.Daemon) {
 	}
 	nothingLeft(t, d, cfg.StateDir)
 	cfg.Image = "mayfly-test/absent:1"
-	if _, err := newRuntime(t, cfg).Check(bounded(t)); !errors.Is(err, sandbox.ErrImage) || !strings.Contains(err.Error(), cfg.Image) {
+	if _, err := newRuntime(t, cfg).Check(enginetest.Bounded(t)); !errors.Is(err, sandbox.ErrImage) || !strings.Contains(err.Error(), cfg.Image) {
 		t.Errorf("without the image: got %v, want ErrImage and its name", err)
 	}
 	cfg.Image, cfg.Runtime = dockertest.Busybox, "absent"
-	if _, err := newRuntime(t, cfg).Check(bounded(t)); err == nil {
+	if _, err := newRuntime(t, cfg).Check(enginetest.Bounded(t)); err == nil {
 		t.Error("without the OCI runtime: got nil, want an error")
 	}
 }
@@ -248,51 +249,23 @@ func testCheck(t *testing.T, d *dockertest.Daemon) {
 func testLostState(t *testing.T, d *dockertest.Daemon) {
 	cfg := config(t, d)
 	r := newRuntime(t, cfg)
-	create(t, r, "lost", sandbox.Spec{Labels: sandbox.Labels{Owner: "test", Job: "j", Generation: 3}})
+	enginetest.Create(t, r, "lost", sandbox.Spec{Labels: sandbox.Labels{Owner: "test", Job: "j", Generation: 3}})
 	if err := os.RemoveAll(cfg.StateDir); err != nil {
 		t.Fatal(err)
 	}
 	again := newRuntime(t, cfg)
-	infos, err := again.List(bounded(t))
+	infos, err := again.List(enginetest.Bounded(t))
 	if err != nil || len(infos) != 1 || infos[0].Name != "lost" || infos[0].Labels != (sandbox.Labels{Owner: "test", Job: "j", Generation: 3}) {
 		t.Errorf("List: got %+v, %v, want the box by its labels", infos, err)
 	}
-	if err := again.Destroy(bounded(t), "lost"); err != nil {
+	if err := again.Destroy(enginetest.Bounded(t), "lost"); err != nil {
 		t.Error(err)
 	}
 }
 
 // What an ordinary build does as root must work.
 func testHonestBuilds(t *testing.T, d *dockertest.Daemon) {
-	b := create(t, newRuntime(t, config(t, d)), "honest", sandbox.Spec{Limits: sandbox.Limits{Memory: 1 << 30}})
-	for _, c := range []struct{ name, script, want string }{
-		{"usr", `echo x > /usr/bin/new && rm -r /usr/share/git-core && test ! -e /usr/share/git-core && cat /usr/bin/new`, "x\n"},
-		{"etc", `echo "a b" >> /etc/hosts && useradd builder && getent passwd builder`, "builder:x:"},
-		{"tar", `mkdir a && touch a/f && chown 1234:4321 a/f && tar cf a.tar a && rm -r a && tar xf a.tar && stat -c %u:%g a/f`, "1234:4321"},
-		{"install", `echo x > f && install -o nobody -g nogroup -m 640 f g && stat -c '%U %G %a' g`, "nobody nogroup 640"},
-		{"su", `su nobody -s /bin/sh -c id`, "uid=65534(nobody)"},
-		{"dpkg", `mkdir -p p/DEBIAN p/usr/bin && printf 'Package: hello-mayfly\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b>\nDescription: d\n' > p/DEBIAN/control && printf '#!/bin/sh\necho installed\n' > p/usr/bin/hello-mayfly && chmod 755 p/usr/bin/hello-mayfly && dpkg-deb -b p p.deb && dpkg -i p.deb && dpkg -s hello-mayfly && hello-mayfly && dpkg -r hello-mayfly`, "installed\n"},
-		{"dpkg over a package of the image", `dpkg -r --force-depends make && test ! -e /usr/bin/make && dpkg -l | grep -c git`, "\n"},
-		{"port below 1024", `python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 80)); print("bound")'`, "bound"},
-		{"host name", `getent ahostsv4 $(hostname); hostname`, "192.0.2.1"},
-		{"git", `git init -q r && cd r && echo x > f && git add f && git -c user.name=a -c user.email=a@b commit -qm m && git log --oneline`, " m"},
-		{"gcc", `printf '#include <stdio.h>\n#include <pthread.h>\nvoid*f(void*a){puts("threaded");return 0;}int main(){pthread_t t;pthread_create(&t,0,f,0);pthread_join(t,0);}' > x.c && gcc -pthread x.c -o x && ./x`, "threaded"},
-		{"pty", `python3 -c 'import pty; pty.spawn(["/bin/sh", "-c", "tty"])'`, "/dev/pts/0"},
-		{"shared memory", `python3 -c 'from multiprocessing import Pool
-if __name__ == "__main__":
-    with Pool(2) as p: print(p.map(abs, [-1, -2]))'`, "[1, 2]"},
-		{"fifo and links", `mkfifo p && ln -s a b && ln p c && ls -l p`, "prw"},
-		{"temporary files", `f=$(mktemp) && d=$(mktemp -d -p /var/tmp) && su nobody -s /bin/sh -c "touch /tmp/nobodys" && ls /tmp/nobodys`, "/tmp/nobodys"},
-		{"run", `echo s > /run/mayfly/secret && df --output=fstype /run/mayfly`, "tmpfs"},
-		{"limits of the box seen by a runtime", `cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null`, "1073741824"},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			out, exit := script(t, b, "cd $(mktemp -d -p /workspace) && set -e; "+c.script)
-			if exit.Code != 0 && !strings.HasPrefix(c.name, "limits") || !strings.Contains(out, c.want) {
-				t.Errorf("got %+v and %q, want success and %q", exit, out, c.want)
-			}
-		})
-	}
+	enginetest.HonestBuilds(t, enginetest.Create(t, newRuntime(t, config(t, d)), "honest", enginetest.HonestSpec()))
 }
 
 // TestNothingOfTheHost: no option mounts anything but the guest's directory.

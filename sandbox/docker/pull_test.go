@@ -23,6 +23,7 @@ import (
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/engine"
+	"github.com/mayfly-ci/mayfly/sandbox/engine/enginetest"
 	"github.com/mayfly-ci/mayfly/test/dockertest"
 )
 
@@ -108,7 +109,7 @@ func (p *pulling) pushed(t *testing.T, as string) (name, digest string) {
 	t.Helper()
 	const ref = "mayfly-test/pushed:1"
 	p.build(t, ref)
-	name, digest, err := p.registry.Push(bounded(t), ref, as)
+	name, digest, err := p.registry.Push(enginetest.Bounded(t), ref, as)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -121,7 +122,7 @@ func (p *pulling) pushed(t *testing.T, as string) (name, digest string) {
 
 func (p *pulling) forget(t *testing.T, ref string) {
 	t.Helper()
-	if _, err := p.Engine().ImageRemove(bounded(t), ref, image.RemoveOptions{Force: true, PruneChildren: true}); err != nil {
+	if _, err := p.Engine().ImageRemove(enginetest.Bounded(t), ref, image.RemoveOptions{Force: true, PruneChildren: true}); err != nil {
 		t.Error(err)
 	}
 }
@@ -129,7 +130,7 @@ func (p *pulling) forget(t *testing.T, ref string) {
 // pull is a Pull that must succeed; the image goes with the test.
 func (p *pulling) pull(t *testing.T, r *Runtime, want sandbox.Pull) sandbox.Image {
 	t.Helper()
-	got, err := r.Pull(bounded(t), want)
+	got, err := r.Pull(enginetest.Bounded(t), want)
 	if err != nil {
 		t.Fatalf("pull %s: %v", want.Image, err)
 	}
@@ -147,8 +148,8 @@ func pullTag(t *testing.T, p *pulling) {
 		!slices.Equal(first.Entrypoint, []string{"/bin/env"}) || !slices.Equal(first.Cmd, []string{"true"}) {
 		t.Errorf("got %+v, want what the image asks for", first)
 	}
-	b := create(t, r, "pulled", sandbox.Spec{Image: first.Ref})
-	unique, exit := script(t, b, "cat /unique")
+	b := enginetest.Create(t, r, "pulled", sandbox.Spec{Image: first.Ref})
+	unique, exit := enginetest.Script(t, b, "cat /unique")
 	if exit.Code != 0 || unique == "" {
 		t.Errorf("in the box: got %q %+v", unique, exit)
 	}
@@ -162,7 +163,7 @@ func pullTag(t *testing.T, p *pulling) {
 	if err := p.Engine().ImageTag(t.Context(), first.Ref, "mayfly-test/kept:1"); err != nil {
 		t.Fatal(err)
 	}
-	_, newer, err := p.registry.Push(bounded(t), moved, "team/app:1")
+	_, newer, err := p.registry.Push(enginetest.Bounded(t), moved, "team/app:1")
 	p.forget(t, moved)
 	if err != nil || newer == digest {
 		t.Fatalf("push: %s, %v", newer, err)
@@ -175,8 +176,8 @@ func pullTag(t *testing.T, p *pulling) {
 	if third := p.pull(t, always, sandbox.Pull{Image: name}); third.Ref != second.Ref || third.Digest != newer || third.Size != 0 {
 		t.Errorf("a tag that did not move, pull: always: got %+v, want the same and no bytes", third)
 	}
-	b = create(t, r, "first", sandbox.Spec{Image: first.Ref})
-	if out, _ := script(t, b, "cat /unique"); out != unique {
+	b = enginetest.Create(t, r, "first", sandbox.Spec{Image: first.Ref})
+	if out, _ := enginetest.Script(t, b, "cat /unique"); out != unique {
 		t.Errorf("the reference of the first pull: got another content")
 	}
 	p.forget(t, name)
@@ -198,7 +199,7 @@ func pullDigest(t *testing.T, p *pulling) {
 	if again := p.pull(t, r, sandbox.Pull{Image: exact}); again.Ref != got.Ref || again.Size != 0 {
 		t.Errorf("by digest and there: got %+v, want nobody asked", again)
 	}
-	if _, err := r.Pull(bounded(t), sandbox.Pull{Image: name}); !errors.Is(err, sandbox.ErrImage) || !strings.Contains(err.Error(), "digest_only") {
+	if _, err := r.Pull(enginetest.Bounded(t), sandbox.Pull{Image: name}); !errors.Is(err, sandbox.ErrImage) || !strings.Contains(err.Error(), "digest_only") {
 		t.Errorf("by tag: got %v, want ErrImage and the key", err)
 	}
 	byID := p.pull(t, r, sandbox.Pull{Image: got.Ref})
@@ -213,12 +214,12 @@ func pullDigest(t *testing.T, p *pulling) {
 		req.URL.Path = strings.ReplaceAll(req.URL.Path, digest, other)
 		next.ServeHTTP(w, req)
 	})
-	if got, err := r.Pull(bounded(t), sandbox.Pull{Image: exact}); err == nil {
+	if got, err := r.Pull(enginetest.Bounded(t), sandbox.Pull{Image: exact}); err == nil {
 		t.Errorf("another manifest under the digest: got %+v, want an error", got)
 	}
 	p.registry.Front(nil)
 	any := p.runtime(t, engine.Images{})
-	if _, err := any.Pull(bounded(t), sandbox.Pull{Image: repository + "@sha256:" + strings.Repeat("0", 64)}); !errors.Is(err, sandbox.ErrImage) {
+	if _, err := any.Pull(enginetest.Bounded(t), sandbox.Pull{Image: repository + "@sha256:" + strings.Repeat("0", 64)}); !errors.Is(err, sandbox.ErrImage) {
 		t.Errorf("a digest that the registry does not have: got %v, want ErrImage", err)
 	}
 }
@@ -240,7 +241,7 @@ func pullPolicy(t *testing.T, p *pulling) {
 		{engine.Images{}, "a@sha512:" + strings.Repeat("0", 128), "sha256"},
 	} {
 		asked := p.registry.Asked()
-		if _, err := p.runtime(t, c.images).Pull(bounded(t), sandbox.Pull{Image: c.image}); !errors.Is(err, sandbox.ErrImage) || !strings.Contains(err.Error(), c.why) {
+		if _, err := p.runtime(t, c.images).Pull(enginetest.Bounded(t), sandbox.Pull{Image: c.image}); !errors.Is(err, sandbox.ErrImage) || !strings.Contains(err.Error(), c.why) {
 			t.Errorf("%+v, %s: got %v, want ErrImage with %q", c.images, c.image, err, c.why)
 		}
 		if n := p.registry.Asked() - asked; n != 0 {
@@ -251,7 +252,7 @@ func pullPolicy(t *testing.T, p *pulling) {
 	if got := p.pull(t, p.runtime(t, engine.Images{Pull: engine.Never}), sandbox.Pull{}); !engine.IsDigest(got.Ref) {
 		t.Errorf("the runtime's own image: got %+v", got)
 	}
-	if _, err := p.runtime(t, engine.Images{}).Pull(bounded(t), sandbox.Pull{Image: p.registry.Host + "/team/absent:1"}); !errors.Is(err, sandbox.ErrImage) {
+	if _, err := p.runtime(t, engine.Images{}).Pull(enginetest.Bounded(t), sandbox.Pull{Image: p.registry.Host + "/team/absent:1"}); !errors.Is(err, sandbox.ErrImage) {
 		t.Errorf("an image that the registry does not have: got %v, want ErrImage", err)
 	}
 }
@@ -296,7 +297,7 @@ func pullCredentials(t *testing.T, p *pulling) {
 	for _, c := range []sandbox.Pull{
 		{Image: name}, {Image: name, User: user, Password: creds.NewSecret(wrong)}, {Image: name, User: user},
 	} {
-		_, err := r.Pull(bounded(t), c)
+		_, err := r.Pull(enginetest.Bounded(t), c)
 		if !errors.Is(err, sandbox.ErrImage) || strings.Contains(err.Error(), wrong) {
 			t.Errorf("user %q: got %v, want ErrImage without a password", c.User, err)
 		}
@@ -342,7 +343,7 @@ func pullCorrupt(t *testing.T, p *pulling) {
 		next.ServeHTTP(w, req)
 	})
 	r := p.runtime(t, engine.Images{})
-	if got, err := r.Pull(bounded(t), sandbox.Pull{Image: name}); err == nil {
+	if got, err := r.Pull(enginetest.Bounded(t), sandbox.Pull{Image: name}); err == nil {
 		t.Errorf("corrupt layers: got %+v, want an error", got)
 	}
 	if _, err := p.Engine().ImageInspect(t.Context(), name); err == nil {
@@ -364,7 +365,7 @@ func (f *flipping) Write(b []byte) (int, error) {
 func pullLoaded(t *testing.T, p *pulling) {
 	const ref = "mayfly-test/loaded:1"
 	p.build(t, ref)
-	saved, err := p.Engine().ImageSave(bounded(t), []string{ref})
+	saved, err := p.Engine().ImageSave(enginetest.Bounded(t), []string{ref})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -373,7 +374,7 @@ func pullLoaded(t *testing.T, p *pulling) {
 		t.Fatal(err)
 	}
 	p.forget(t, ref)
-	loaded, err := p.Engine().ImageLoad(bounded(t), bytes.NewReader(archive))
+	loaded, err := p.Engine().ImageLoad(enginetest.Bounded(t), bytes.NewReader(archive))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -386,8 +387,8 @@ func pullLoaded(t *testing.T, p *pulling) {
 	if !engine.IsDigest(got.Ref) || !engine.IsDigest(got.Digest) || got.Size != 0 || !slices.Contains(got.Env, "A=b") {
 		t.Errorf("got %+v, want what was loaded", got)
 	}
-	b := create(t, r, "loaded", sandbox.Spec{Image: got.Ref})
-	if out, exit := script(t, b, "test -s /unique && echo here"); exit.Code != 0 {
+	b := enginetest.Create(t, r, "loaded", sandbox.Spec{Image: got.Ref})
+	if out, exit := enginetest.Script(t, b, "test -s /unique && echo here"); exit.Code != 0 {
 		t.Errorf("in the box: got %q %+v", out, exit)
 	}
 	p.forget(t, ref)
@@ -395,12 +396,12 @@ func pullLoaded(t *testing.T, p *pulling) {
 
 func pullAway(t *testing.T, p *pulling) {
 	r := p.runtime(t, engine.Images{From: []string{"**/app"}})
-	_, err := r.Pull(bounded(t), sandbox.Pull{Image: "127.0.0.1:1/team/app:1"})
+	_, err := r.Pull(enginetest.Bounded(t), sandbox.Pull{Image: "127.0.0.1:1/team/app:1"})
 	if err == nil || errors.Is(err, sandbox.ErrImage) || !strings.Contains(err.Error(), "refused") {
 		t.Errorf("a registry that is away: got %v, want an error that says so, and not ErrImage", err)
 	}
 	// A registry that hangs, and a job that is cancelled.
-	hangs, cancel := context.WithCancel(bounded(t))
+	hangs, cancel := context.WithCancel(enginetest.Bounded(t))
 	p.registry.Front(func(_ http.ResponseWriter, req *http.Request, _ http.Handler) {
 		cancel()
 		<-req.Context().Done()
@@ -434,15 +435,15 @@ func pullKilled(t *testing.T, p *pulling) {
 	}
 	done := make(chan result, 1)
 	go func() {
-		got, err := r.Pull(bounded(t), sandbox.Pull{Image: name})
+		got, err := r.Pull(enginetest.Bounded(t), sandbox.Pull{Image: name})
 		done <- result{got, err}
 	}()
-	wait(t, "the pull begins", asked)
-	if err := errors.Join(p.Kill(bounded(t)), p.Restart(bounded(t))); err != nil {
+	enginetest.Wait(t, "the pull begins", asked)
+	if err := errors.Join(p.Kill(enginetest.Bounded(t)), p.Restart(enginetest.Bounded(t))); err != nil {
 		t.Fatal(err)
 	}
 	close(back)
-	if got := wait(t, "the pull ends", done); got.err != nil || got.image.Digest != digest {
+	if got := enginetest.Wait(t, "the pull ends", done); got.err != nil || got.image.Digest != digest {
 		t.Errorf("a pull across a restart: got %+v, %v, want %s", got.image, got.err, digest)
 	}
 	p.forget(t, name)

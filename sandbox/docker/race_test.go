@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/engine/enginetest"
 	"github.com/mayfly-ci/mayfly/test/dockertest"
 )
 
@@ -24,10 +25,10 @@ func removedAsItEnds(t *testing.T, e dockertest.Engine) {
 		wait.Go(func() {
 			for i := range 10 {
 				name := fmt.Sprintf("ends-%d-%d", lane, i)
-				if err := orphan(bounded(t), order{State: cfg.StateDir, Host: d.Host(), Name: name, Point: pointMade, Spec: spec}); err != nil {
+				if err := enginetest.Orphan(enginetest.Bounded(t), enginetest.Order{State: cfg.StateDir, Address: d.Host(), Image: cfg.Image, Name: name, Point: enginetest.PointMade, Spec: spec}); err != nil {
 					t.Error(err)
 				}
-				if err := r.Destroy(bounded(t), name); err != nil {
+				if err := r.Destroy(enginetest.Bounded(t), name); err != nil {
 					t.Error(err)
 				}
 			}

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/engine/enginetest"
 	"github.com/mayfly-ci/mayfly/sandbox/sandboxtest"
 	"github.com/mayfly-ci/mayfly/test/dockertest"
 )
@@ -27,14 +28,14 @@ func TestSuiteRemapped(t *testing.T) { each(t, remapped) }
 
 func remapped(t *testing.T, e dockertest.Engine) {
 	plain, d := dockertest.Start(t), e.StartRemapped(t)
-	if err := d.CopyImage(bounded(t), plain, dockertest.Debian); err != nil {
+	if err := d.CopyImage(enginetest.Bounded(t), plain, dockertest.Debian); err != nil {
 		t.Fatal(err)
 	}
 	cfg := config(t, d)
 	t.Cleanup(func() { nothingLeft(t, d, cfg.StateDir) })
 	t.Run("root is nobody outside", func(t *testing.T) {
-		b := create(t, newRuntime(t, cfg), "box", sandbox.Spec{})
-		if out, exit := script(t, b, "touch /usr/bin/new /workspace/new /run/mayfly/new /etc/hosts && apt-config dump | head -1 && stat -c %u /usr/bin/new /etc/hosts /workspace && cat /proc/self/uid_map"); exit.Code != 0 || !strings.Contains(out, "\n0\n0\n0\n") || !strings.Contains(out, strconv.Itoa(dockertest.RemappedID)) {
+		b := enginetest.Create(t, newRuntime(t, cfg), "box", sandbox.Spec{})
+		if out, exit := enginetest.Script(t, b, "touch /usr/bin/new /workspace/new /run/mayfly/new /etc/hosts && apt-config dump | head -1 && stat -c %u /usr/bin/new /etc/hosts /workspace && cat /proc/self/uid_map"); exit.Code != 0 || !strings.Contains(out, "\n0\n0\n0\n") || !strings.Contains(out, strconv.Itoa(dockertest.RemappedID)) {
 			t.Errorf("got %q %+v, want root of a user namespace who may write", out, exit)
 		}
 	})
@@ -63,8 +64,7 @@ func conform(t *testing.T, d *dockertest.Daemon, cfg Config, unenforced ...strin
 		Runtime: newRuntime(t, cfg), Owner: cfg.Owner, Probe: program, Unenforced: unenforced,
 		Again: func() (sandbox.Runtime, error) { return New(cfg) },
 		Orphan: func(ctx context.Context, name string, s sandbox.Spec) error {
-			s.Image = cfg.Image
-			return orphan(ctx, order{State: cfg.StateDir, Host: d.Host(), Name: name, Point: pointMade, Spec: s})
+			return enginetest.Orphan(ctx, enginetest.Order{State: cfg.StateDir, Address: d.Host(), Image: cfg.Image, Name: name, Point: enginetest.PointMade, Spec: s})
 		},
 	}
 	sandboxtest.Run(t, func(*testing.T) sandboxtest.Harness { return h })

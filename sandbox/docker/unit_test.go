@@ -1,29 +1,15 @@
 package docker
 
 import (
-	"archive/tar"
-	"bytes"
 	"errors"
-	"io"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/docker/docker/api/types/system"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/engine/enginetest"
 )
-
-// empty is an archive of an empty file.
-func empty(name string) io.Reader {
-	var b bytes.Buffer
-	w := tar.NewWriter(&b)
-	if err := errors.Join(w.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Typeflag: tar.TypeReg}), w.Close()); err != nil {
-		return strings.NewReader(err.Error()) // is no archive
-	}
-	return &b
-}
 
 func TestUnlimited(t *testing.T) {
 	t.Parallel()
@@ -66,25 +52,5 @@ func TestConfig(t *testing.T) {
 // Every point of the code is one of points, so none is forgotten there.
 func TestPointsAreComplete(t *testing.T) {
 	t.Parallel()
-	known := strings.Join(points(), " ") + " "
-	files, err := filepath.Glob("*.go")
-	if err != nil {
-		t.Fatal(err)
-	}
-	n := 0
-	for _, f := range files {
-		b, err := os.ReadFile(f)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, part := range strings.Split(string(b), `cfg.Trace("`)[1:] {
-			point, _, _ := strings.Cut(part, `"`)
-			if n++; !strings.HasSuffix(f, "_test.go") && !strings.Contains(known, point+" ") {
-				t.Errorf("%s: point %q is not in points()", f, point)
-			}
-		}
-	}
-	if n < len(points())-1 {
-		t.Errorf("got %d points in the code, want %d", n, len(points())-1)
-	}
+	enginetest.PointsAreComplete(t, points())
 }
