@@ -63,7 +63,13 @@ type World struct {
 	Cgroup     string // parent of the groups of its boxes, below each tree
 	Database   *postgrestest.Server
 	Program    string // the mayfly that is run
-	Git        string // directory of the git cache, if there is one
+
+	// Engine, if there is one, lists what the agent's boxes have in it. What is at
+	// Lazy is of no box any more, and the engine removes it in its own time.
+	Engine func(context.Context) ([]string, error)
+	Lazy   []string
+
+	Git string // directory of the git cache, if there is one
 }
 
 // New makes a World below a directory that goes with tb. The agent is not

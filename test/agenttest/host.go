@@ -33,7 +33,7 @@ func (w *World) Snapshot(tb testing.TB) Host {
 			h.add("mounts", strings.Join(f[2:], " ")) // without its id
 		}
 	}
-	Must(tb, errors.Join(w.files(h), w.groups(h), w.processes(h), w.sockets(h), w.loops(h), w.roles(tb.Context(), h)))
+	Must(tb, errors.Join(w.files(h), w.groups(h), w.processes(h), w.sockets(h), w.loops(h), w.roles(tb.Context(), h), w.engine(tb.Context(), h)))
 	for _, items := range h {
 		slices.Sort(items)
 	}
@@ -69,12 +69,16 @@ func without(a, b []string) []string {
 	return left
 }
 
-// Unchanged compares the host with what it was. What the kernel does behind an
-// agent that has ended, such as burying the dead, gets a moment.
+// Unchanged compares the host with what it was. What the kernel and an engine do
+// behind an agent that has ended, such as burying the dead, gets a moment.
 func (w *World) Unchanged(tb testing.TB, before Host) {
 	tb.Helper()
 	var diff []string
-	Within(3*time.Second, func() bool {
+	most := 3 * time.Second
+	if w.Engine != nil {
+		most = 20 * time.Second // it lets go of a container long after it has said so
+	}
+	Within(most, func() bool {
 		diff = Diff(before, w.Snapshot(tb))
 		return len(diff) == 0
 	})
@@ -87,7 +91,7 @@ func (w *World) Unchanged(tb testing.TB, before Host) {
 // the world is too. Left out is what is kept on purpose: results, the database
 // and the repository.
 func (w *World) files(h Host) error {
-	kept := []string{filepath.Join(w.Spool, "done"), w.Repository}
+	kept := append([]string{filepath.Join(w.Spool, "done"), w.Repository}, w.Lazy...)
 	if w.Database != nil {
 		kept = append(kept, w.Database.Dir())
 	}
@@ -212,6 +216,17 @@ func (w *World) loops(h Host) error {
 		if backing, err := os.ReadFile(f); err == nil && strings.Contains(string(backing), w.Dir+"/") {
 			h.add("loops", f+" "+strings.TrimSpace(string(backing)))
 		}
+	}
+	return err
+}
+
+func (w *World) engine(ctx context.Context, h Host) error {
+	if w.Engine == nil {
+		return nil
+	}
+	left, err := w.Engine(ctx)
+	for _, item := range left {
+		h.add("engine", item)
 	}
 	return err
 }

@@ -23,8 +23,13 @@ const inside = "MAYFLY_TEST_INSIDE"
 func program() string { return "/tmp/mayfly" }
 
 // enter makes what a private machine has of its own. Process 1 of the namespace
-// is the shell, which buries the orphans that a killed agent leaves.
-const enter = `mount --bind "$` + inside + `" /tmp
+// is the shell, which buries the orphans that a killed agent leaves. What other
+// tests have mounted below their directories goes first: it would vanish from here
+// too when they end.
+const enter = `while read -r _ _ _ _ at _; do
+	case $at in /tmp/* | /var/tmp/*) umount -l "$at" 2>/dev/null || true ;; esac
+done </proc/self/mountinfo
+mount --bind "$` + inside + `" /tmp
 for d in /var/tmp /dev/shm /run; do mount -t tmpfs -o mode=1777 tmpfs $d; done
 "$@"
 exit $?`

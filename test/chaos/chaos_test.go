@@ -3,6 +3,7 @@
 package chaos_test
 
 import (
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -18,8 +19,6 @@ import (
 	"github.com/mayfly-ci/mayfly/test/postgrestest"
 )
 
-func TestMain(m *testing.M) { agenttest.Main(m) }
-
 const slots = 4
 
 // policy gives a role to the jobs of two workflows, of one for a step only.
@@ -27,6 +26,7 @@ const policy = `version: 1
 rules:
   - name: lease
     match: {trust: local, workflow: .github/workflows/lease.yml}
+    runtime: %[2]s
     timeout: 2m
     limits: {memory: 256MiB, pids: 64, cpu: 1, disk: 32MiB}
     egress:
@@ -38,6 +38,7 @@ rules:
         env: {PGUSER: username, PGPASSWORD: password, PGPORT: port}
   - name: step
     match: {trust: local, workflow: .github/workflows/step.yml}
+    runtime: %[2]s
     timeout: 2m
     limits: {memory: 256MiB, pids: 64, cpu: 1, disk: 32MiB}
     egress:
@@ -50,28 +51,26 @@ rules:
         env: {PGUSER: username, PGPASSWORD: password, PGPORT: port}
   - name: all
     match: {trust: local}
+    runtime: %[2]s
     timeout: 2m
     limits: {memory: 256MiB, pids: 64, cpu: 1, disk: 32MiB}
 `
 
-const insert = `psql -qAt -h db.test -d postgres -c "insert into runs values ('${{ github.run_id }}')"`
-
-// workflows are the kinds of jobs, and how one of each ends unless it is lost.
-var workflows = [...]struct {
+// A workflow is a kind of job, and how one of it ends unless it is lost.
+type workflow struct {
 	name, steps string
 	end         providers.Conclusion
-}{
-	{"plain", "      - run: echo ran ${{ github.run_id }}; echo x > file\n      - run: test -s file\n", providers.Success},
-	{"lease", "      - run: echo ran ${{ github.run_id }}\n      - run: " + insert + "\n", providers.Success},
-	{"sleep", "      - run: echo ran ${{ github.run_id }}; (sleep 300 &); sleep 0.3\n", providers.Success},
-	{"step", "      - run: echo ran ${{ github.run_id }}\n      - id: migrate\n        run: " + insert + "\n      - run: test -z \"${PGPASSWORD:-}\"\n", providers.Success},
-	{"fail", "      - run: echo ran ${{ github.run_id }}; exit 7\n", providers.Failure},
 }
 
-// sizes are how many jobs and kills there are. CHAOS_JOBS and CHAOS_KILLS change
-// them.
-func sizes(t *testing.T) (jobs, kills int) {
-	return number(t, "CHAOS_JOBS", 200), number(t, "CHAOS_KILLS", 30)
+// workflows are the kinds of jobs. use is what those that have a role do with it.
+func workflows(use string) []workflow {
+	return []workflow{
+		{"plain", "      - run: echo ran ${{ github.run_id }}; echo x > file\n      - run: test -s file\n", providers.Success},
+		{"lease", "      - run: echo ran ${{ github.run_id }}\n      - run: " + use + "\n", providers.Success},
+		{"sleep", "      - run: echo ran ${{ github.run_id }}; (sleep 300 &); sleep 0.3\n", providers.Success},
+		{"step", "      - run: echo ran ${{ github.run_id }}\n      - id: migrate\n        run: " + use + "\n      - run: test -z \"${PGPASSWORD:-}\"\n", providers.Success},
+		{"fail", "      - run: echo ran ${{ github.run_id }}; exit 7\n", providers.Failure},
+	}
 }
 
 func number(t *testing.T, variable string, otherwise int) int {
@@ -98,50 +97,79 @@ func seed(t *testing.T) uint64 {
 	return s
 }
 
-// world is an agent with a database, and with warm boxes for some of its jobs. It
-// has had one job of each kind, so that what an agent makes once for all of its
-// jobs is there.
-func world(t *testing.T) (*agenttest.World, []string) {
+// A world is an agent with a database.
+type world struct {
+	*agenttest.World
+	setting
+	in    engine
+	kinds []workflow
+	files []string // of each kind
+}
+
+// newWorld makes a world that has had one job of each kind, so that what an agent
+// makes once for all of its jobs is there.
+func newWorld(t *testing.T, s setting) *world {
+	var e engine
+	if s.engine != nil {
+		e = s.engine(t)
+	}
 	db := postgrestest.Start(t)
-	w := agenttest.New(t, agenttest.Config{Slots: slots, Warm: slots / 2, Policy: fmt.Sprintf(policy, db.Port()), Database: db})
+	w := &world{setting: s, in: e, kinds: workflows(s.use), World: agenttest.New(t, agenttest.Config{
+		Slots: slots, Warm: s.warm, Policy: fmt.Sprintf(policy, db.Port(), s.runtime), Database: db, Sandbox: e.lines,
+	})}
 	for _, sql := range []string{"create table runs (id text)", "grant usage on schema public to public"} {
-		_, err := agenttest.Query(t.Context(), w, sql)
+		_, err := agenttest.Query(t.Context(), w.World, sql)
 		agenttest.Must(t, err)
 	}
-	var files, ids []string
-	for _, f := range workflows {
-		files = append(files, w.Workflow(t, f.name, f.steps))
+	for _, f := range w.kinds {
+		w.files = append(w.files, w.Workflow(t, f.name, f.steps))
 	}
 	a := w.Start(t)
-	for i := range workflows {
-		ids = append(ids, w.Submit(t, files[i]))
+	var ids []string
+	for i := range w.kinds {
+		ids = append(ids, w.Submit(t, w.files[i]))
 	}
-	for i, f := range workflows {
+	for i, f := range w.kinds {
 		if r := w.Result(t, ids[i], time.Minute); r.Conclusion != f.end {
 			t.Fatalf("%s with nobody killed: %s (%s), want %s: %s", f.name, r.Conclusion, r.Reason, f.end, w.Log(t, ids[i]))
 		}
 	}
 	a.Stop(t)
-	return w, files
+	if e.left != nil {
+		w.Engine = func(ctx context.Context) ([]string, error) { return e.left(ctx, w.State) }
+		w.Lazy = []string{e.lazy}
+		agenttest.Eventually(t, time.Minute, "the engine has nothing of the first jobs", func() bool {
+			found, err := w.Engine(t.Context())
+			agenttest.Must(t, err)
+			return len(found) == 0
+		})
+	}
+	return w
 }
 
 func TestKillsLeaveNothing(t *testing.T) {
-	jobs, kills := sizes(t)
+	for _, s := range settings() {
+		t.Run(s.runtime, func(t *testing.T) { killsLeaveNothing(t, s) })
+	}
+}
+
+func killsLeaveNothing(t *testing.T, s setting) {
+	jobs, kills := number(t, "CHAOS_JOBS", s.jobs), number(t, "CHAOS_KILLS", s.kills)
 	dice := rand.New(rand.NewPCG(seed(t), 0))
-	w, files := world(t)
+	w := newWorld(t, s)
 	before := w.Snapshot(t)
+	w.seesLeaks(t, before)
 
 	begun := time.Now()
 	ids := make([]string, 0, jobs)
 	submit := func(upTo int) {
 		for len(ids) < upTo {
-			ids = append(ids, w.Submit(t, files[len(ids)%len(files)]))
+			ids = append(ids, w.Submit(t, w.files[len(ids)%len(w.files)]))
 		}
 	}
 	for kill := range kills {
 		submit(jobs * (kill + 1) / (kills + 1))
-		// From the first instruction to the middle of the second round of jobs.
-		pause := time.Duration(dice.Int64N(int64(1500 * time.Millisecond)))
+		pause := time.Duration(dice.Int64N(int64(s.life)))
 		a := w.Launch(t)
 		<-time.After(pause)
 		if a.Over() {
@@ -170,10 +198,10 @@ func TestKillsLeaveNothing(t *testing.T) {
 }
 
 // checkJob wants one result of the job, its own or lost, and that it ran once.
-func checkJob(t *testing.T, w *agenttest.World, i int, id string) providers.Conclusion {
+func checkJob(t *testing.T, w *world, i int, id string) providers.Conclusion {
 	t.Helper()
 	r := w.Result(t, id, 3*time.Minute)
-	kind := workflows[i%len(workflows)]
+	kind := w.kinds[i%len(w.kinds)]
 	if r.Conclusion != kind.end && r.Conclusion != providers.Lost {
 		t.Errorf("job %s (%s): %s (%s), want %s or lost; it printed:\n%s", id, kind.name, r.Conclusion, r.Reason, kind.end, w.Log(t, id))
 	}
@@ -189,13 +217,13 @@ func checkJob(t *testing.T, w *agenttest.World, i int, id string) providers.Conc
 
 // checkEnd wants nothing to be owed, an unbroken record over all lives, an empty
 // spool, and that no job wrote twice to the database.
-func checkEnd(t *testing.T, w *agenttest.World, kills int) {
+func checkEnd(t *testing.T, w *world, kills int) {
 	t.Helper()
 	if out, code := w.Run(t, "jobs"); code != 0 || !strings.Contains(out, "nothing is owed") {
 		t.Errorf("mayfly jobs: %s (status %d), want nothing owed", out, code)
 	}
-	if out, code := w.Run(t, "audit", "show", "--action", "box.adopt"); code != 0 || !strings.Contains(out, "pool-") {
-		t.Errorf("mayfly audit show: %s (status %d), want jobs that adopted a warm box", out, code)
+	if out, code := w.Run(t, "audit", "show", "--action", "box.adopt"); code != 0 || strings.Contains(out, "pool-") != (w.warm > 0) {
+		t.Errorf("mayfly audit show: %s (status %d), want jobs that adopted a warm box if there are any", out, code)
 	}
 	if out, code := w.Run(t, "audit", "verify"); code != 0 {
 		t.Errorf("mayfly audit verify after %d kills: %s (status %d)", kills, out, code)
@@ -207,12 +235,12 @@ func checkEnd(t *testing.T, w *agenttest.World, kills int) {
 			t.Errorf("%s/%s is left in the spool", part, e.Name())
 		}
 	}
-	twice, err := agenttest.Query(t.Context(), w, "select id from runs group by id having count(*) > 1")
+	twice, err := agenttest.Query(t.Context(), w.World, "select id from runs group by id having count(*) > 1")
 	agenttest.Must(t, err)
 	if len(twice) > 0 {
 		t.Errorf("jobs that wrote twice: %v", twice)
 	}
-	wrote, err := agenttest.Query(t.Context(), w, "select id from runs")
+	wrote, err := agenttest.Query(t.Context(), w.World, "select id from runs")
 	agenttest.Must(t, err)
 	for _, id := range wrote {
 		if r, err := local.ReadResult(w.Spool, id); err != nil {

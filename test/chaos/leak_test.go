@@ -92,6 +92,20 @@ func TestLeaksAreSeen(t *testing.T) {
 	}
 }
 
+// seesLeaks is TestLeaksAreSeen for what only the engine of a world has.
+func (w *world) seesLeaks(t *testing.T, before agenttest.Host) {
+	t.Helper()
+	for i, leak := range w.in.leaks {
+		undo, err := leak(t.Context())
+		agenttest.Must(t, err)
+		if got := kinds(agenttest.Diff(before, w.Snapshot(t))); !slices.Contains(got, "engine") {
+			t.Errorf("leak %d in %s is seen in %q, want it in the engine", i, w.runtime, got)
+		}
+		agenttest.Must(t, undo())
+	}
+	w.Unchanged(t, before)
+}
+
 // TestLossIsSeen is the other direction: what was there and is gone.
 func TestLossIsSeen(t *testing.T) {
 	diff := agenttest.Diff(agenttest.Host{"files": {"a", "a", "b"}}, agenttest.Host{"files": {"a", "b"}, "roles": {"c"}})

@@ -201,3 +201,16 @@ func (d *Daemon) DeleteLease(ctx context.Context, id string) error {
 	}
 	return err
 }
+
+// Collect has the garbage collected, which the daemon does in its own time: what
+// it lists no longer may be on disk until then.
+func (d *Daemon) Collect(ctx context.Context) error {
+	l, err := d.client.LeasesService().Create(ctx, leases.WithRandomID())
+	if err == nil {
+		err = d.client.LeasesService().Delete(ctx, l, leases.SynchronousDelete)
+	}
+	if err != nil {
+		return fmt.Errorf("containerdtest: collect: %w", err)
+	}
+	return nil
+}
