@@ -30,12 +30,20 @@ const (
 	TCP  Protocol = "tcp"  // any bytes; the name is checked and nothing else
 	TLS  Protocol = "tls"  // a ClientHello whose server name is the rule's name
 	HTTP Protocol = "http" // requests whose Host is the rule's name, each checked
+	// HTTPS is HTTP inside TLS that ends at the gateway, under the authority of
+	// the job (see Terminator), and begins anew towards the destination, whose
+	// certificate is verified for the name. Server name and host are the rule's.
+	HTTPS Protocol = "https"
 )
 
 // A Rule lets a job reach one name at one port.
 type Rule struct {
-	ID       string // where the policy says so: "policy.yaml:14"; copied to every ledger line
-	Name     string // lower-case host name, or an IP literal (then Protocol is TCP and Resolve is empty)
+	ID string // where the policy says so: "policy.yaml:14"; copied to every ledger line
+	// Name is a lower-case host name, or an IP literal (then Protocol is TCP and
+	// Resolve is empty), or "*." and a host name of two labels or more: any name
+	// with exactly one label there. Each name that the job asks for is then
+	// treated as if it had a rule of its own.
+	Name     string
 	Port     uint16
 	Protocol Protocol
 	// Resolve lists what the name may resolve to. Empty: any public address.
@@ -49,6 +57,13 @@ type Rule struct {
 	// nothing is dialled outside. Then Protocol is TCP, Resolve is empty, and
 	// Port may be 0, which is every port.
 	Service string `json:",omitempty"`
+	// Requests narrow what HTTP and HTTPS may carry: a request passes if one of
+	// them allows it. Empty: any request, but no upgrade. With other protocols
+	// it is empty.
+	Requests []Request `json:",omitempty"`
+	// CA are the certificates, as PEM, that an HTTPS destination's must chain
+	// to, instead of those that the machine trusts.
+	CA string `json:",omitempty"`
 }
 
 // A Published port is one of 127.0.0.1 and ::1 in a box that the gateway listens
@@ -94,6 +109,17 @@ type Line struct {
 	Sent     int64         `json:"sent,omitempty"`     // bytes from the job
 	Received int64         `json:"received,omitempty"` // bytes to the job
 	Duration time.Duration `json:"duration,omitempty"` // nanoseconds
+	Request  Exchange      `json:"request,omitzero"`   // with HTTP and HTTPS
+}
+
+// An Exchange is what a line says of an HTTP request. What a path or a query
+// may carry of a secret is not in it.
+type Exchange struct {
+	Method string `json:"method,omitempty"`
+	// Path is the pattern that allowed the request, or the shape of the path: the
+	// same with "*" for each segment that is more than a plain word.
+	Path   string `json:"path,omitempty"`
+	Status int    `json:"status,omitempty"` // of the answer, when it Ended
 }
 
 // A Ledger takes lines. It may block, which holds the attempt back: lines are
@@ -118,6 +144,21 @@ type Opening struct {
 	Parent string
 	// Publish are listeners in the box, from Attach on. Not with a Parent.
 	Publish []Published
+	// Terminate are names, beside those of Rules, that the authority is made
+	// for: those of HTTPS rules that come later, with this one as their Parent.
+	Terminate []string
+	// Expires is when the box is gone at the latest. The authority is valid no
+	// longer. Zero: a day.
+	Expires time.Time
+}
+
+// A Terminator is a Gateway that carries HTTPS. Others refuse such rules.
+type Terminator interface {
+	// Authority returns the certificate, as PEM, that signs for the destinations
+	// of name's HTTPS rules, or nil if an open gateway of that name and with a
+	// box of its own can have none. It is this name's alone, its key is in memory
+	// only and gone with Close, and it is made when it is first needed.
+	Authority(name string) ([]byte, error)
 }
 
 // A Gateway is the way out of boxes.

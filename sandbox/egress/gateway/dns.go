@@ -74,9 +74,9 @@ func (b *box) reply(packet []byte) ([]byte, egress.Line) {
 	if ownReverse(name) {
 		return pack(h, &q, netip.Addr{}), egress.Line{}
 	}
-	addr, ok := b.answer(name)
-	if !ok {
-		return pack(h, &q, netip.Addr{}), dnsRefusal(name, "no rule allows this name")
+	addr, why := b.answer(name)
+	if why != "" {
+		return pack(h, &q, netip.Addr{}), dnsRefusal(name, why)
 	}
 	h.RCode = dnsmessage.RCodeSuccess
 	if q.Type != dnsmessage.TypeA || q.Class != dnsmessage.ClassINET {

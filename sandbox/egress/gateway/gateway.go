@@ -14,7 +14,11 @@
 //     cannot be checked further: the Host inside it is not seen.
 //   - http: requests are parsed and written anew, each one after its Host was
 //     checked, so that the destination sees one framing and one host whatever
-//     the job sent. HTTP/1 only; CONNECT and upgrades are refused.
+//     the job sent. HTTP/1 only; CONNECT is refused, and an upgrade that is not
+//     one to WebSocket, on a request that the rule allows it.
+//   - https: the same for HTTP/1 and HTTP/2 inside TLS, which ends here, under an
+//     authority that the box trusts and that no other box has (authority.go), and
+//     begins anew towards the destination. The ClientHello is judged as with tls.
 //
 // The destination's addresses are looked up and judged once and what was
 // judged is dialled, so a name cannot change in between. By default only public
@@ -40,6 +44,7 @@ package gateway
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -82,6 +87,9 @@ type Config struct {
 	// Dial connects to an address that was judged. nil: net.Dialer. What it
 	// returns should have CloseWrite, else half-close ends the connection.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	// Roots are what the certificates of HTTPS destinations must chain to whose
+	// rule names no CA. nil: what this machine trusts.
+	Roots *x509.CertPool
 	// Never are the agent's own listeners, which no rule opens. An unspecified
 	// address stands for every address of this machine.
 	Never []netip.AddrPort
@@ -131,9 +139,14 @@ type Gateway struct {
 	table  *table
 	mu     sync.Mutex
 	scopes map[string]*scope // by the name given to Open
+
+	buffers *buffers // for bodies
 }
 
-var _ egress.Gateway = (*Gateway)(nil)
+var (
+	_ egress.Gateway    = (*Gateway)(nil)
+	_ egress.Terminator = (*Gateway)(nil)
+)
 
 // New makes a gateway without boxes.
 func New(c Config) (*Gateway, error) {
@@ -141,7 +154,7 @@ func New(c Config) (*Gateway, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Gateway{cfg: c, table: newTable(), scopes: make(map[string]*scope)}, nil
+	return &Gateway{cfg: c, table: newTable(), scopes: make(map[string]*scope), buffers: newBuffers()}, nil
 }
 
 // Open implements egress.Gateway.
@@ -161,6 +174,10 @@ func (g *Gateway) Open(ctx context.Context, name string, o egress.Opening) error
 		return fmt.Errorf("gateway %s: is open already", name)
 	}
 	b := newBox()
+	var err error
+	if b.authority, err = newAuthority(o); err != nil {
+		return fmt.Errorf("gateway %s: %w", name, err)
+	}
 	if o.Parent != "" {
 		parent := g.scopes[o.Parent]
 		if parent == nil || !parent.root() {
@@ -229,6 +246,9 @@ func (g *Gateway) Close(ctx context.Context, name string) error {
 	g.mu.Lock()
 	if g.scopes[name] == s {
 		delete(g.scopes, name)
+		if s.root() {
+			s.box.authority = nil // nothing uses the key any more
+		}
 	}
 	g.mu.Unlock()
 	if s.root() {

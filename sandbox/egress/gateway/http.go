@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,51 +16,59 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
 )
 
-// headerLimit bounds the header of a request; servers take 8 to 64 KiB.
-const headerLimit = 128 << 10
+const (
+	// headerLimit bounds the header of a request; servers take 8 to 64 KiB.
+	headerLimit = 128 << 10
+	// streams bounds the requests at a time on one HTTP/2 connection (RFC 9113
+	// section 6.5.2 recommends no less), and each may have as many bytes on the
+	// way as the library's windows are wide.
+	streams = 100
+)
 
 // An exchange is a connection that carries HTTP requests. net/http parses them
 // and writes them anew, so what was checked is what the destination gets.
 type exchange struct {
 	session *session
 	proxy   *httputil.ReverseProxy
-	wg      sync.WaitGroup // requests that took the connection over to reset it
-	pending atomic.Bool    // bytes of a request came, and its line is not written
+	plain   *http.Transport // for requests
+	upgrade *http.Transport // for those that become WebSockets, which HTTP/2 does not carry
+	wg      sync.WaitGroup  // requests that took the connection over
+	pending atomic.Bool     // bytes of a request came, and its line is not written
 
 	mu    sync.Mutex
 	first net.Conn // dialled, not yet used
 	to    string   // the address that was judged; all connections go there
 }
 
-// serveHTTP serves the requests of the connection.
-func (c *session) serveHTTP(ctx context.Context) {
+// serveHTTP serves the requests of the connection. conn is the job's, or TLS on
+// top of it.
+func (c *session) serveHTTP(ctx context.Context, conn net.Conn) {
 	x := &exchange{session: c}
 	silent := log.New(io.Discard, "", 0) // the ledger says what happened
-	transport := &http.Transport{
-		DialContext:           x.dial,
-		Protocols:             new(http.Protocols),
-		DisableCompression:    true,
-		MaxConnsPerHost:       1,
-		IdleConnTimeout:       c.gateway.cfg.Idle,
-		ResponseHeaderTimeout: c.gateway.cfg.Idle,
-		ExpectContinueTimeout: time.Second,
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	x.upgrade = x.transport(protocols)
+	x.plain = x.upgrade
+	if c.line.Protocol == egress.HTTPS {
+		protocols = new(http.Protocols)
+		protocols.SetHTTP1(true)
+		protocols.SetHTTP2(true)
+		x.plain = x.transport(protocols)
 	}
-	transport.Protocols.SetHTTP1(true)
 	x.proxy = &httputil.ReverseProxy{
-		Rewrite: func(r *httputil.ProxyRequest) {
-			r.Out.URL.Scheme, r.Out.URL.Host = "http", net.JoinHostPort(c.line.Name, strconv.Itoa(int(c.line.Port)))
-			r.Out.URL.RawQuery = r.In.URL.RawQuery
-			r.Out.Host = r.In.Host
-		},
-		Transport:     transport,
-		FlushInterval: -1,
-		ErrorLog:      silent,
-		ErrorHandler:  func(w http.ResponseWriter, _ *http.Request, err error) { x.hangUp(w, err) },
+		Rewrite:        x.rewrite,
+		Transport:      x,
+		ModifyResponse: x.inspect,
+		FlushInterval:  -1,
+		BufferPool:     c.gateway.buffers,
+		ErrorLog:       silent,
+		ErrorHandler:   func(w http.ResponseWriter, r *http.Request, err error) { x.hangUp(w, r, err) },
 	}
 	ended := make(chan struct{})
 	server := &http.Server{
 		Handler:           http.HandlerFunc(x.serve),
-		Protocols:         transport.Protocols,
+		Protocols:         protocols,
+		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: streams},
 		ReadHeaderTimeout: c.gateway.cfg.Hello,
 		IdleTimeout:       c.gateway.cfg.Idle,
 		MaxHeaderBytes:    headerLimit,
@@ -72,31 +79,95 @@ func (c *session) serveHTTP(ctx context.Context) {
 		DisableGeneralOptionsHandler: true,
 	}
 	// Serve returns when the one connection was accepted.
-	_ = server.Serve(&single{conn: c.job})
+	_ = server.Serve(&single{conn: conn})
 	<-ended
 	x.wg.Wait()
-	transport.CloseIdleConnections()
+	x.plain.CloseIdleConnections()
+	x.upgrade.CloseIdleConnections()
 	if x.first != nil {
 		_ = x.first.Close() // net/http may have done so
 	}
 }
 
+// transport reaches the destination with some protocols.
+func (x *exchange) transport(p *http.Protocols) *http.Transport {
+	c := x.session
+	dial := func(ctx context.Context, network, _ string) (net.Conn, error) {
+		if conn := x.take(); conn != nil {
+			return conn, nil
+		}
+		return x.redial(ctx, network, p)
+	}
+	t := &http.Transport{
+		DialContext:           dial,
+		Protocols:             p,
+		DisableCompression:    true,
+		MaxConnsPerHost:       1,
+		IdleConnTimeout:       c.gateway.cfg.Idle,
+		ResponseHeaderTimeout: c.gateway.cfg.Idle,
+		ExpectContinueTimeout: time.Second,
+	}
+	if c.line.Protocol == egress.HTTPS {
+		t.DialTLSContext = dial
+		if p.HTTP2() { // several requests of the job may meet a destination that has HTTP/1 only
+			t.MaxConnsPerHost = streams
+		}
+	}
+	return t
+}
+
+// RoundTrip implements http.RoundTripper.
+func (x *exchange) RoundTrip(r *http.Request) (*http.Response, error) {
+	if upgrades(r) {
+		return x.upgrade.RoundTrip(r)
+	}
+	return x.plain.RoundTrip(r)
+}
+
 // watch closes ended when the connection is over, and refuses in the ledger
 // what net/http answered without asking the handler.
 func (x *exchange) watch(ended chan struct{}) func(net.Conn, http.ConnState) {
-	return func(_ net.Conn, state http.ConnState) {
+	// An HTTP/2 connection becomes active and idle once before its first request.
+	greeted := x.session.line.Protocol == egress.HTTP
+	return func(conn net.Conn, state http.ConnState) {
 		switch state {
 		case http.StateActive:
 			x.pending.Store(true)
+		case http.StateIdle:
+			if x.pending.Swap(false) && greeted {
+				x.malformed()
+			}
+			greeted = true
 		case http.StateClosed, http.StateHijacked:
 			if x.pending.Load() {
-				l := x.session.line
-				l.Verdict, l.Reason = egress.Refused, "not a whole HTTP request"
-				_ = x.session.book().line(l) // it was refused already
+				x.malformed()
 			}
 			close(ended)
 		}
 	}
+}
+
+func (x *exchange) malformed() {
+	l := x.session.line
+	l.Verdict, l.Reason = egress.Refused, "not a whole HTTP request"
+	_ = x.session.book().line(l) // it was refused already
+}
+
+// A visit is one request, from its line to its last line.
+type visit struct {
+	line   egress.Line
+	grant  *grant
+	narrow *narrow // nil: the rule says nothing of requests
+	sent   *counted
+	answer *answered
+}
+
+// visitKey finds the visit in the context of its request.
+type visitKey struct{}
+
+func visitOf(ctx context.Context) *visit {
+	v, _ := ctx.Value(visitKey{}).(*visit)
+	return v
 }
 
 // serve decides on one request and forwards it.
@@ -105,138 +176,187 @@ func (x *exchange) serve(w http.ResponseWriter, r *http.Request) {
 	defer x.wg.Done()
 	x.pending.Store(false)
 	c := x.session
-	line := c.line
-	line.Time = time.Now()
-	err := checkRequest(r, line.Name, line.Port)
+	v := &visit{line: c.line}
+	v.line.Time = time.Now()
+	v.line.Request = egress.Exchange{Method: printable(r.Method), Path: shape(r.URL.EscapedPath())}
+	ctx, cancel := context.WithCancelCause(context.WithValue(r.Context(), visitKey{}, v))
+	defer cancel(nil)
+	r = r.WithContext(ctx)
+	err := x.admit(r, v)
 	if err == nil {
-		line.Dialled, err = x.connect(r.Context())
+		// The request may be one of a step's, on a connection that outlives it.
+		if !c.box.enter(v.grant.scope, v, func() { cancel(errWithdrawn) }) {
+			err = refused("%v", errWithdrawn)
+		} else {
+			defer c.box.leave(v.grant.scope, v)
+			v.line.Dialled, err = x.connect(ctx, upgrades(r))
+		}
 	}
-	line.Verdict = egress.Allowed
+	v.line.Verdict = egress.Allowed
 	if err != nil {
-		line.Verdict, line.Reason = verdict(err)
+		v.line.Verdict, v.line.Reason = verdict(err)
 	}
-	if c.book().line(line) != nil || err != nil {
-		x.hangUp(w, err)
+	if lost := v.book(c).line(v.line); lost != nil || err != nil {
+		x.turnAway(w, r, err, lost)
 		return
 	}
-	body := &counted{ReadCloser: r.Body}
-	r.Body = body
-	answer := &answered{ResponseWriter: w}
-	defer func() {
-		line.Verdict, line.Sent, line.Received = egress.Ended, body.n.Load(), answer.n
-		line.Duration = time.Since(line.Time)
-		switch {
-		case r.Context().Err() != nil:
-			line.Reason = context.Cause(r.Context()).Error()
-		case answer.err != nil:
-			line.Reason = answer.err.Error()
-		case !answer.whole:
-			line.Reason = "the answer broke off"
-		}
-		if !answer.whole {
-			_ = c.job.SetLinger(0) // so that the end does not look like the end of the answer
-		}
-		_ = c.book().line(line) // nothing is left to refuse; Close tells of it
-	}()
-	x.proxy.ServeHTTP(answer, r) // panics to break the connection off, which net/http does
-	answer.whole = answer.err == nil
+	x.forward(w, r, v)
 }
 
-// checkRequest refuses a request that is not plainly one to name and port.
-func checkRequest(r *http.Request, name string, port uint16) error {
-	host, given := r.Host, ""
-	if h, p, err := net.SplitHostPort(host); err == nil {
-		host, given = h, p
+// book is where the lines of the request go.
+func (v *visit) book(c *session) *book {
+	if v.grant != nil {
+		return v.grant.scope.book
 	}
-	switch {
-	case r.ProtoMajor != 1:
-		return refused("HTTP/%d is not carried; use HTTP/1.1", r.ProtoMajor)
-	case r.Method == http.MethodConnect:
-		return refused("CONNECT is not carried; connect to the name that is meant")
-	case r.URL.Scheme != "" && r.URL.Scheme != "http", r.URL.User != nil, r.URL.Opaque != "":
-		return refused("the request's target is not one of this connection")
-	case !strings.EqualFold(host, name):
-		return refused("the request is for host %s on a connection to %s", printable(host), name)
-	case given != "" && given != strconv.Itoa(int(port)):
-		return refused("the request is for port %s on a connection to port %d", printable(given), port)
-	case len(r.Header["Upgrade"]) > 0:
-		return refused("an upgrade to another protocol is not carried; the rule needs protocol: tcp")
+	return c.book()
+}
+
+// admit decides on a request, and holds it back where its rule has a rate.
+func (x *exchange) admit(r *http.Request, v *visit) error {
+	c := x.session
+	if err := checkRequest(r, c.line); err != nil {
+		return err
+	}
+	grant, narrow, err := c.allow(r)
+	if err != nil {
+		return err
+	}
+	v.grant, v.narrow, v.line.Rule = grant, narrow, grant.ID
+	if narrow == nil {
+		return nil
+	}
+	v.line.Request.Path = narrow.Path
+	return narrow.pass(r.Context())
+}
+
+// turnAway ends a request that does not pass.
+func (x *exchange) turnAway(w http.ResponseWriter, r *http.Request, err, lost error) {
+	if why := (*refusal)(nil); lost == nil && errors.As(err, &why) && why.answer {
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		w.Header().Set("Cache-Control", "no-store")
+		w.WriteHeader(http.StatusForbidden)
+		_, _ = io.WriteString(w, "Refused by the policy of this job: "+why.reason+"\n") // the job may be gone
+		return
+	}
+	x.hangUp(w, r, err)
+}
+
+// forward passes a request on, and its answer back.
+func (x *exchange) forward(w http.ResponseWriter, r *http.Request, v *visit) {
+	c := x.session
+	v.sent = &counted{ReadCloser: r.Body}
+	v.answer = &answered{ResponseWriter: w, sent: v.sent}
+	if v.narrow != nil {
+		v.sent.limit, v.answer.limit = v.narrow.Sent, v.narrow.Received
+	}
+	r.Body = v.sent
+	defer func() {
+		line := v.line
+		line.Verdict, line.Sent, line.Received = egress.Ended, v.sent.n.Load(), v.answer.n.Load()
+		line.Duration, line.Request.Status = time.Since(line.Time), v.answer.status
+		switch {
+		case v.answer.err != nil && r.Context().Err() == nil:
+			line.Reason = v.answer.err.Error()
+		case r.Context().Err() != nil:
+			line.Reason = context.Cause(r.Context()).Error()
+		case !v.answer.whole:
+			line.Reason = "the answer broke off"
+		}
+		if !v.answer.whole && r.ProtoMajor == 1 {
+			reset(c.job) // so that the end does not look like the end of the answer
+		}
+		_ = v.book(c).line(line) // nothing is left to refuse; Close tells of it
+	}()
+	x.proxy.ServeHTTP(v.answer, r) // panics to break the connection off, which net/http does
+	v.answer.whole = v.answer.err == nil
+}
+
+// rewrite makes the request that the destination gets. What it is was decided.
+func (x *exchange) rewrite(r *httputil.ProxyRequest) {
+	c := x.session
+	r.Out.URL.Scheme, r.Out.URL.Host = string(c.line.Protocol), net.JoinHostPort(c.line.Name, strconv.Itoa(int(c.line.Port)))
+	r.Out.URL.RawQuery = r.In.URL.RawQuery
+	r.Out.Host = r.In.Host
+	r.Out.Trailer = r.In.Trailer // filled when the body has been read
+}
+
+// inspect sees the header of each answer before the job does.
+func (x *exchange) inspect(r *http.Response) error {
+	v := visitOf(r.Request.Context())
+	v.answer.status = r.StatusCode
+	if limit := v.answer.limit; limit > 0 && r.ContentLength > limit && r.Request.Method != http.MethodHead {
+		return denied("the answer has %d bytes, the rule allows %d", r.ContentLength, limit)
 	}
 	return nil
 }
 
 // connect dials the destination before the first request, so that its line can
-// name the address, and returns that address.
-func (x *exchange) connect(ctx context.Context) (string, error) {
+// name the address and say that nobody was there, and returns that address.
+func (x *exchange) connect(ctx context.Context, upgrade bool) (string, error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.to != "" {
 		return x.to, nil
 	}
-	conn, err := x.session.gateway.reach(ctx, x.session.grant.Rule)
+	c := x.session
+	rule := c.grant.Rule
+	conn, err := c.gateway.reach(ctx, rule)
 	if err != nil {
 		return "", err
 	}
-	x.first, x.to = conn, conn.RemoteAddr().String()
+	to := conn.RemoteAddr().String()
+	protocols := x.plain.Protocols
+	if upgrade {
+		protocols = x.upgrade.Protocols
+	}
+	if conn, err = c.secure(ctx, conn, protocols); err != nil {
+		return "", err
+	}
+	x.first, x.to = conn, to
 	return x.to, nil
 }
 
-// dial gives the transport the connection that was made already. If the
-// destination has closed that, it is dialled again at the same address, which
-// was judged.
-func (x *exchange) dial(ctx context.Context, network, _ string) (net.Conn, error) {
+// take gives the transport the connection that was made already, once.
+func (x *exchange) take() net.Conn {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if conn := x.first; conn != nil {
-		x.first = nil
-		return conn, nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, x.session.gateway.cfg.Dialling)
-	defer cancel()
-	return x.session.gateway.cfg.Dial(ctx, network, x.to)
+	conn := x.first
+	x.first = nil
+	return conn
 }
 
-// hangUp resets the connection in place of an answer: an answer of the
-// gateway's could be taken for the destination's.
-func (x *exchange) hangUp(w http.ResponseWriter, why error) {
+// redial connects again, to the same address, which was judged.
+func (x *exchange) redial(ctx context.Context, network string, p *http.Protocols) (net.Conn, error) {
+	x.mu.Lock()
+	to := x.to
+	x.mu.Unlock()
+	g := x.session.gateway
+	ctx, cancel := g.soon(ctx)
+	defer cancel()
+	conn, err := g.cfg.Dial(ctx, network, to)
+	if err != nil {
+		return nil, err
+	}
+	return x.session.secure(ctx, conn, p)
+}
+
+// hangUp breaks a request off in place of an answer: an answer of the gateway's
+// could be taken for the destination's. Of HTTP/2 it ends the stream alone.
+func (x *exchange) hangUp(w http.ResponseWriter, r *http.Request, why error) {
 	if a, ok := w.(*answered); ok {
 		a.err = why
 	}
-	conn, _, err := http.NewResponseController(w).Hijack()
-	if err != nil {
-		conn = x.session.job
+	control := http.NewResponseController(w)
+	if r.ProtoMajor == 2 {
+		_ = control.SetWriteDeadline(time.Unix(1, 0)) // resets the stream at once
+		return
 	}
-	reset(conn)
+	conn, _, err := control.Hijack()
+	reset(x.session.job)
+	if err == nil {
+		_ = conn.Close() // as it is
+	}
 }
-
-// counted counts the bytes of a request's body.
-type counted struct {
-	io.ReadCloser
-	n atomic.Int64
-}
-
-func (c *counted) Read(b []byte) (int, error) {
-	n, err := c.ReadCloser.Read(b)
-	c.n.Add(int64(n))
-	return n, err
-}
-
-// answered counts the bytes of an answer's body.
-type answered struct {
-	http.ResponseWriter
-	n     int64
-	err   error // why there is no answer
-	whole bool
-}
-
-func (a *answered) Write(b []byte) (int, error) {
-	n, err := a.ResponseWriter.Write(b)
-	a.n += int64(n)
-	return n, err
-}
-
-// Unwrap is for http.ResponseController.
-func (a *answered) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 
 // single is a listener with one connection.
 type single struct{ conn net.Conn }

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -30,6 +31,9 @@ func validate(o egress.Opening) error {
 	for _, r := range o.Rules.Allow {
 		add(r, validateRule(r))
 	}
+	if o.Parent != "" && (len(o.Terminate) > 0 || !o.Expires.IsZero()) {
+		all = append(all, fmt.Errorf("%w: terminate and expires belong to the gateway that has the box", egress.ErrBadRules))
+	}
 	ports := map[uint16]bool{}
 	for _, p := range o.Publish {
 		add(p.Rule, validateRule(p.Rule))
@@ -45,16 +49,14 @@ func validate(o egress.Opening) error {
 }
 
 func validateRule(r egress.Rule) error {
-	if addr, err := netip.ParseAddr(r.Name); err == nil {
-		return fmt.Errorf("the network of a box carries names only; name the host and add resolve: [%s]", addr)
-	}
-	if name, err := canonical(r.Name); err != nil {
+	if err := validateName(r.Name); err != nil {
 		return err
-	} else if name != r.Name {
-		return fmt.Errorf("name %q: write %s", r.Name, name)
 	}
 	if r.Service == "" && strings.Contains(r.Name, "_") {
 		return fmt.Errorf("name %q: services of a job alone have an underscore in their names", r.Name)
+	}
+	if r.Service != "" && strings.HasPrefix(r.Name, "*") {
+		return fmt.Errorf("name %q: a service has one name", r.Name)
 	}
 	if r.Service != "" && (r.Protocol != egress.TCP || len(r.Resolve) > 0) {
 		return errors.New("a service is reached by tcp, and is not resolved")
@@ -63,13 +65,51 @@ func validateRule(r egress.Rule) error {
 		return errors.New("port: a number from 1 to 65535 is needed")
 	}
 	switch r.Protocol {
-	case egress.TCP, egress.TLS, egress.HTTP:
+	case egress.TCP, egress.TLS, egress.HTTP, egress.HTTPS:
 	default:
-		return fmt.Errorf("protocol %q: tcp, tls or http is needed", r.Protocol)
+		return fmt.Errorf("protocol %q: tcp, tls, http or https is needed", r.Protocol)
+	}
+	if err := validateRequests(r); err != nil {
+		return err
 	}
 	for _, p := range r.Resolve {
 		if !p.IsValid() || p.Addr().Is4In6() {
 			return fmt.Errorf("resolve %v: an IPv4 or IPv6 prefix is needed", p)
+		}
+	}
+	return nil
+}
+
+// validateName refuses what cannot be the name of a rule.
+func validateName(name string) error {
+	if addr, err := netip.ParseAddr(name); err == nil {
+		return fmt.Errorf("the network of a box carries names only; name the host and add resolve: [%s]", addr)
+	}
+	rest, wild := strings.CutPrefix(name, "*.")
+	if wild && !strings.Contains(rest, ".") {
+		return fmt.Errorf("name %s: two labels are needed behind *, else it opens what many own", printable(name))
+	}
+	host, err := canonical(rest)
+	if err == nil && host != rest {
+		err = fmt.Errorf("name %s: write %s", printable(name), strings.Replace(name, rest, host, 1))
+	}
+	return err
+}
+
+// validateRequests refuses what is said of requests where none are seen.
+func validateRequests(r egress.Rule) error {
+	if r.Protocol != egress.HTTP && r.Protocol != egress.HTTPS && len(r.Requests) > 0 {
+		return fmt.Errorf("protocol %s: its requests are not seen; https or http is needed to narrow them", r.Protocol)
+	}
+	if r.Protocol != egress.HTTPS && r.CA != "" {
+		return fmt.Errorf("protocol %s: its certificates are not seen; https is needed for a CA", r.Protocol)
+	}
+	if r.CA != "" && !x509.NewCertPool().AppendCertsFromPEM([]byte(r.CA)) {
+		return errors.New("CA: certificates as PEM are needed")
+	}
+	for i, request := range r.Requests {
+		if err := request.Check(); err != nil {
+			return fmt.Errorf("request %d: %w", i+1, err)
 		}
 	}
 	return nil

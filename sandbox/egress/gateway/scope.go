@@ -1,11 +1,13 @@
 package gateway
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
@@ -55,11 +57,11 @@ type scope struct {
 	wg   sync.WaitGroup
 	// Guarded by box.mu.
 	closed bool
-	ends   map[*session]func() // how to end the connections of the scope
+	ends   map[any]func() // how to end the connections and the requests of the scope
 }
 
 func newScope(name string, b *box, ledger egress.Ledger) *scope {
-	s := &scope{box: b, book: &book{name: name, write: ledger}, ends: make(map[*session]func())}
+	s := &scope{box: b, book: &book{name: name, write: ledger}, ends: make(map[any]func())}
 	if b.root == nil {
 		b.root = s
 	}
@@ -82,8 +84,9 @@ func (s *scope) idle() <-chan struct{} {
 // A grant is a rule and the scope that brought it.
 type grant struct {
 	egress.Rule
-	scope *scope
-	into  *box // of a rule with a Service
+	scope   *scope
+	into    *box      // of a rule with a Service
+	narrows []*narrow // the rule's Requests
 }
 
 // A destination is a name of a box. It keeps its address for as long as the box
@@ -94,10 +97,19 @@ type destination struct {
 	grants []grant // none: it was allowed once
 }
 
+// wildcard is the name of the destination whose grants are for a name too.
+func wildcard(name string) string {
+	_, rest, _ := strings.Cut(name, ".")
+	return "*." + rest
+}
+
 // A box is the network of one job, as the gateway sees it.
 type box struct {
-	root *scope
-	mu   sync.Mutex
+	root      *scope
+	authority *authority // nil: no rule of the box needs one
+	sessions  tls.ClientSessionCache
+	limit     int // names that it may have
+	mu        sync.Mutex
 	// The following are guarded by mu.
 	byName map[string]*destination
 	byAddr map[netip.Addr]*destination
@@ -110,7 +122,10 @@ type box struct {
 }
 
 func newBox() *box {
-	return &box{byName: make(map[string]*destination), byAddr: make(map[netip.Addr]*destination)}
+	return &box{
+		byName: make(map[string]*destination), byAddr: make(map[netip.Addr]*destination),
+		sessions: tls.NewLRUClientSessionCache(resumed),
+	}
 }
 
 // admit adds the rules of a scope, all or none.
@@ -120,8 +135,12 @@ func (b *box) admit(s *scope, rules []grant, limit int) error {
 	if b.root.closed {
 		return errors.New("the box of the parent is closing")
 	}
+	b.limit = limit
 	fresh := make(map[string]bool)
 	for i, r := range rules {
+		if r.Protocol == egress.HTTPS && !b.authority.covers(r.Name) {
+			return fmt.Errorf("%w: %s: the authority of the job was not made for %s", egress.ErrBadRules, cite(r.Rule), r.Name)
+		}
 		d := b.byName[r.Name]
 		if d == nil {
 			fresh[r.Name] = true
@@ -142,8 +161,7 @@ func (b *box) admit(s *scope, rules []grant, limit int) error {
 	for _, r := range rules {
 		d := b.byName[r.Name]
 		if d == nil {
-			d = &destination{name: r.Name, addr: virtualAddress(len(b.byName) + 1)}
-			b.byName[d.name], b.byAddr[d.addr] = d, d
+			d = b.destine(r.Name)
 		}
 		r.Resolve = slices.Clone(r.Resolve)
 		r.scope = s
@@ -153,14 +171,24 @@ func (b *box) admit(s *scope, rules []grant, limit int) error {
 	return nil
 }
 
+// destine gives a name its address. Names are never taken away again.
+func (b *box) destine(name string) *destination {
+	d := &destination{name: name, addr: virtualAddress(len(b.byName) + 1)}
+	b.byName[d.name] = d
+	if !strings.HasPrefix(name, "*") { // nobody connects to a wildcard
+		b.byAddr[d.addr] = d
+	}
+	return d
+}
+
 // conflict refuses a rule that would make another mean something else.
 func conflict(grants []grant, r egress.Rule) error {
 	for _, g := range grants {
 		if g.Service != r.Service {
 			return fmt.Errorf("%w: %s and %s: %s is a service of the job, or a name outside, and not both", egress.ErrBadRules, cite(r), cite(g.Rule), r.Name)
 		}
-		if g.Port == r.Port && (g.Protocol != r.Protocol || !slices.Equal(g.Resolve, r.Resolve)) {
-			return fmt.Errorf("%w: %s contradicts %s about %s port %d; make protocol and resolve the same", egress.ErrBadRules, cite(r), cite(g.Rule), r.Name, r.Port)
+		if g.Port == r.Port && (g.Protocol != r.Protocol || !slices.Equal(g.Resolve, r.Resolve) || g.CA != r.CA) {
+			return fmt.Errorf("%w: %s contradicts %s about %s port %d; make protocol, resolve and ca the same", egress.ErrBadRules, cite(r), cite(g.Rule), r.Name, r.Port)
 		}
 	}
 	return nil
@@ -175,15 +203,22 @@ func virtualAddress(n int) netip.Addr {
 	return netip.AddrFrom4(a)
 }
 
-// answer gives the virtual address of a name that some rule allows.
-func (b *box) answer(name string) (netip.Addr, bool) {
+// answer gives the virtual address of a name that some rule allows, or says why
+// there is none.
+func (b *box) answer(name string) (netip.Addr, string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	d := b.byName[name]
-	if d == nil || len(d.grants) == 0 {
-		return netip.Addr{}, false
+	d, wild := b.byName[name], b.byName[wildcard(name)]
+	if (d == nil || len(d.grants) == 0) && (wild == nil || len(wild.grants) == 0) {
+		return netip.Addr{}, "no rule allows this name"
 	}
-	return d.addr, true
+	if d == nil {
+		if len(b.byName) >= b.limit {
+			return netip.Addr{}, fmt.Sprintf("the job has asked for %d names, and no more are allowed", b.limit)
+		}
+		d = b.destine(name)
+	}
+	return d.addr, ""
 }
 
 // decide finds the grant for a connection to a virtual address, and the name
@@ -195,16 +230,51 @@ func (b *box) decide(to netip.AddrPort) (name string, g *grant) {
 	if d == nil {
 		return "", nil
 	}
-	for _, g := range d.grants {
-		if g.Port == to.Port() || g.Port == 0 {
-			return d.name, &g
-		}
+	if all := b.grants(d, to.Port()); len(all) > 0 {
+		return d.name, &all[0]
 	}
 	return d.name, nil
 }
 
-// enter makes a connection one of its scope's. It fails if the scope is closed.
-func (b *box) enter(s *scope, c *session, end func()) bool {
+// grants are those for a port of a name, as grants of exactly that name. A rule
+// for the name hides one for a wildcard. The caller holds b.mu.
+func (b *box) grants(d *destination, port uint16) []grant {
+	for _, from := range []*destination{d, b.byName[wildcard(d.name)]} {
+		if from == nil {
+			continue
+		}
+		var all []grant
+		for _, g := range from.grants {
+			if g.Port == port || g.Port == 0 {
+				g.Name = d.name
+				all = append(all, g)
+			}
+		}
+		if len(all) > 0 {
+			return all
+		}
+	}
+	return nil
+}
+
+// offers are the grants for a port of a name, those of the newest scope first.
+func (b *box) offers(name string, port uint16) []grant {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	d := b.byName[name]
+	if d == nil {
+		return nil
+	}
+	all := b.grants(d, port)
+	slices.SortStableFunc(all, func(x, y grant) int {
+		return slices.Index(b.scopes, y.scope) - slices.Index(b.scopes, x.scope)
+	})
+	return all
+}
+
+// enter makes a connection, or a request, one of its scope's. It fails if the
+// scope is closed.
+func (b *box) enter(s *scope, what any, end func()) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if s.closed {
@@ -212,14 +282,14 @@ func (b *box) enter(s *scope, c *session, end func()) bool {
 	}
 	s.wg.Add(1)
 	b.root.wg.Add(1) // the box ends with the last of its connections
-	s.ends[c] = end
+	s.ends[what] = end
 	return true
 }
 
-// leave is called when the last line of the connection is written.
-func (b *box) leave(s *scope, c *session) {
+// leave is called when the last line of it is written.
+func (b *box) leave(s *scope, what any) {
 	b.mu.Lock()
-	delete(s.ends, c)
+	delete(s.ends, what)
 	b.mu.Unlock()
 	s.wg.Done()
 	b.root.wg.Done()

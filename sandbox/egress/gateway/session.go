@@ -22,13 +22,23 @@ type session struct {
 }
 
 // A refusal is an error that the rules are the reason of.
-type refusal struct{ reason string }
+type refusal struct {
+	reason string
+	answer bool // the job hears the reason, as an answer to its request
+}
 
 func (r *refusal) Error() string { return r.reason }
 
 // refused makes a refusal.
 func refused(format string, args ...any) error {
-	return &refusal{fmt.Sprintf(format, args...)}
+	return &refusal{reason: fmt.Sprintf(format, args...)}
+}
+
+// denied makes a refusal of a request that is plain, and that no rule allows: its
+// client may hear so. All others are reset, because an answer could be taken for
+// the destination's.
+func denied(format string, args ...any) error {
+	return &refusal{reason: fmt.Sprintf(format, args...), answer: true}
 }
 
 // serve decides on the connection and serves it to its end.
@@ -49,7 +59,9 @@ func (c *session) serve() {
 	defer c.job.Close()
 	switch c.grant.Protocol {
 	case egress.HTTP:
-		c.serveHTTP(ctx)
+		c.serveHTTP(ctx, c.job)
+	case egress.HTTPS:
+		c.terminate(ctx)
 	case egress.TLS:
 		hello, err := c.hello()
 		if err != nil {
@@ -100,7 +112,7 @@ func (c *session) book() *book {
 
 // refuse writes the line of a refused connection and resets it.
 func (c *session) refuse(reason string) {
-	c.fail(&refusal{reason})
+	c.fail(&refusal{reason: reason})
 }
 
 // fail writes the line of a connection that came to nothing and resets it. A
