@@ -16,7 +16,7 @@ import (
 
 // clauses are the contract, sentence by sentence.
 func clauses() []clause {
-	return append(serviceClauses(), []clause{
+	return append(append(serviceClauses(), httpsClauses()...), []clause{
 		{"empty rules allow nothing", emptyRules},
 		{"an allowed name is reached, with two lines", allowed},
 		{"nothing moves before its line is written", lineFirst},

@@ -70,6 +70,11 @@ func (b broken) Probe(ctx context.Context, name string, port uint16) error {
 	return b.probe()
 }
 
+// Authority implements egress.Terminator.
+func (b broken) Authority(name string) ([]byte, error) {
+	return b.Gateway.(egress.Terminator).Authority(name)
+}
+
 func (b broken) Close(ctx context.Context, name string) error {
 	if b.close == nil {
 		return b.Gateway.Close(ctx, name)
@@ -139,7 +144,7 @@ func of(b broken) mutation { return func(*gateway.Config) broken { return b } }
 func unchecked(p egress.Protocol) mutation {
 	return of(each(func(r *egress.Rule) {
 		if r.Protocol == p {
-			r.Protocol = egress.TCP
+			r.Protocol, r.CA, r.Requests = egress.TCP, "", nil
 		}
 	}))
 }
@@ -308,6 +313,9 @@ func TestSuite(t *testing.T) {
 					mutate = conductMutants(o)[name]
 				}
 				if mutate == nil {
+					mutate = httpsMutants()[name]
+				}
+				if mutate == nil {
 					tb.Fatalf("clause %q has no broken gateway", name)
 				}
 				c := config(o)
@@ -315,7 +323,7 @@ func TestSuite(t *testing.T) {
 				real := newGateway(tb, c)
 				b.Gateway = real
 				tb.Cleanup(func() {
-					for _, name := range []string{"job-1-step-1", "job-1", "job-2", "job-1-s0", "job-1-s1"} {
+					for _, name := range []string{"job-1-step-0", "job-1-step-1", "job-1", "job-2", "job-3", "job-1-s0", "job-1-s1"} {
 						if err := real.Close(context.Background(), name); err != nil {
 							tb.Logf("Close(%s): %v", name, err)
 						}
