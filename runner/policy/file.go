@@ -56,14 +56,17 @@ type limitsNode struct {
 }
 
 type egressNode struct {
-	Self     strict.Node `yaml:",self"`
-	Name     host        `yaml:"name,required"`
-	Port     port        `yaml:"port,required"`
-	Protocol protocol    `yaml:"protocol,required"`
-	Resolve  *[]prefix   `yaml:"resolve"`
-	Step     stepID      `yaml:"step"`
-	Service  serviceID   `yaml:"service"`
-	Purpose  purpose     `yaml:"purpose"`
+	Self     strict.Node    `yaml:",self"`
+	Set      setName        `yaml:"set"`
+	Name     host           `yaml:"name"`
+	Port     port           `yaml:"port"`
+	Protocol protocol       `yaml:"protocol"`
+	Resolve  *[]prefix      `yaml:"resolve"`
+	Requests *[]requestNode `yaml:"requests"`
+	CA       certificates   `yaml:"ca"`
+	Step     stepID         `yaml:"step"`
+	Service  serviceID      `yaml:"service"`
+	Purpose  purpose        `yaml:"purpose"`
 }
 
 type leaseNode struct {
@@ -113,11 +116,17 @@ func decode(src []byte, file string) ([]rule, error) {
 func (n ruleNode) rule() (rule, error) {
 	r := rule{match: n.Match, plan: n.basics()}
 	r.plan.Isolation = sandbox.Isolation(n.Wall)
-	errs := []error{n.checkTTL(), n.checkPull(), overlaps(n.Egress, egressKeys), overlaps(n.Leases, leaseKeys)}
+	var out []placed
+	var errs []error
 	for _, e := range n.Egress {
-		errs = append(errs, e.check())
-		r.plan.Egress = append(r.plan.Egress, e.egress())
+		all, err := e.expand()
+		errs = append(errs, err)
+		out = append(out, all...)
 	}
+	for _, p := range out {
+		r.plan.Egress = append(r.plan.Egress, p.Egress)
+	}
+	errs = append(errs, n.checkTTL(), n.checkPull(), contradictions(out), overlaps(n.Leases, leaseKeys))
 	names := map[leaseName]bool{}
 	for _, l := range n.Leases {
 		if names[l.Name] {
@@ -171,26 +180,6 @@ func (n ruleNode) checkTTL() error {
 	return strict.Join(errs...)
 }
 
-func (e egressNode) check() error {
-	if e.Service != "" && e.Step != "" {
-		return e.Self.At("service").Errorf("a service runs beside all steps: name a step or a service")
-	}
-	if e.Resolve != nil && len(*e.Resolve) == 0 {
-		return e.Self.At("resolve").Errorf("empty list: name addresses, or remove the key to allow any public one")
-	}
-	if _, err := netip.ParseAddr(string(e.Name)); err != nil {
-		return nil
-	}
-	var errs []error
-	if e.Protocol != "" && e.Protocol != protocol(egress.TCP) {
-		errs = append(errs, e.Self.At("protocol").Errorf("protocol %s checks a name, and %s is an address: write tcp", e.Protocol, e.Name))
-	}
-	if e.Resolve != nil {
-		errs = append(errs, e.Self.At("resolve").Errorf("%s is an address: remove resolve", e.Name))
-	}
-	return strict.Join(errs...)
-}
-
 func (l leaseNode) check() error {
 	if len(l.Env) == 0 && len(l.Files) == 0 {
 		return l.Self.Errorf("lease is delivered nowhere: add env or files")
@@ -218,17 +207,25 @@ func (l leaseNode) lease() (Lease, error) {
 
 // egress is the rule of the gateway, which copies its ID to every line that
 // the rule allows.
-func (e egressNode) egress() Egress {
+func (e egressNode) egress() (Egress, error) {
 	r := egress.Rule{
 		ID: at(e.Self), Name: string(e.Name), Port: uint16(e.Port),
-		Protocol: egress.Protocol(e.Protocol), Purpose: string(e.Purpose),
+		Protocol: egress.Protocol(e.Protocol), Purpose: string(e.Purpose), CA: string(e.CA),
 	}
 	if e.Resolve != nil {
 		for _, p := range *e.Resolve {
 			r.Resolve = append(r.Resolve, netip.Prefix(p))
 		}
 	}
-	return Egress{Step: string(e.Step), Service: string(e.Service), Rule: r}
+	var errs []error
+	if e.Requests != nil {
+		for _, n := range *e.Requests {
+			q, err := n.request()
+			errs = append(errs, err)
+			r.Requests = append(r.Requests, q)
+		}
+	}
+	return Egress{Step: string(e.Step), Service: string(e.Service), Rule: r}, strict.Join(errs...)
 }
 
 // basics is the part of the plan that every rule has.
@@ -254,17 +251,6 @@ type claim struct {
 	what string
 	step stepID
 	at   strict.Node
-}
-
-func egressKeys(e egressNode) []claim {
-	if e.Name == "" || e.Port == 0 {
-		return nil // it was refused already
-	}
-	what := fmt.Sprintf("%s port %d", e.Name, e.Port)
-	if e.Service != "" {
-		what += " of service " + string(e.Service)
-	}
-	return []claim{{what, e.Step, e.Self}}
 }
 
 func leaseKeys(l leaseNode) []claim {

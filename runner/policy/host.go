@@ -11,7 +11,7 @@ import (
 
 // host is the name of an egress rule: a host name in the one spelling that the
 // gateway compares (RFC 1123 section 2.1, lower case, no trailing dot), or an
-// IP address.
+// IP address. "*." before it is any one label.
 type host string
 
 func (h *host) UnmarshalText(b []byte) error {
@@ -20,18 +20,25 @@ func (h *host) UnmarshalText(b []byte) error {
 		*h = host(text)
 		return checkAddr(addr, text)
 	}
+	name := text
+	if rest, wild := strings.CutPrefix(text, "*."); wild {
+		if !strings.Contains(rest, ".") {
+			return fmt.Errorf("name %q: two labels are needed behind *, else it opens what many own", text)
+		}
+		name = rest
+	}
 	lower := strings.ToLower(text)
 	last := text[strings.LastIndexByte(text, '.')+1:]
 	switch {
-	case strings.Contains(text, "*"):
-		return fmt.Errorf("name %q: wildcards are not supported yet: write one rule for each name", text)
+	case strings.Contains(name, "*"):
+		return fmt.Errorf("name %q: a wildcard is the whole first label, as in *.example.com", text)
 	case strings.ContainsFunc(text, func(r rune) bool { return r > 0x7e }):
 		return fmt.Errorf("name %q is not ASCII: write its xn-- form, which is what is looked up", text)
 	case text != lower:
 		return fmt.Errorf("name %q: write it in lower case: %s", text, lower)
 	case strings.HasSuffix(text, "."):
 		return fmt.Errorf("name %q: remove the dot at the end", text)
-	case len(text) > 253 || !hostName(text):
+	case len(text) > 253 || !hostName(name):
 		return fmt.Errorf("name %q is not a host name: write letters, digits, - and dots, without scheme, port or path", text)
 	case strings.Trim(last, "0123456789") == "" || strings.HasPrefix(last, "0x"):
 		return fmt.Errorf("name %q looks like an address and is none", text)

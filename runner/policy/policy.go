@@ -142,14 +142,15 @@ func Nothing() *Policy {
 // SHA-256 of the file. It is written to the audit with every decision.
 func (p *Policy) Digest() string { return p.digest }
 
-// Decide returns what j may have. The error wraps ErrDenied if no rule matches.
+// Decide returns what j may have. The error wraps ErrDenied if no rule matches,
+// or if a fact of the job that the rule puts into a path is not safe there.
 //
 // A grant for a step that j does not have stays in the plan and is never
 // held, since that step never starts; Explain names such steps.
 func (p *Policy) Decide(j providers.Job) (Plan, error) {
 	for _, r := range p.rules {
 		if len(r.match.mismatches(j)) == 0 {
-			return r.grant(j), nil
+			return r.grant(j)
 		}
 	}
 	s := j.Subject
@@ -158,18 +159,27 @@ func (p *Policy) Decide(j providers.Job) (Plan, error) {
 }
 
 // grant is the plan of the rule for one job, which may ask for less time.
-func (r rule) grant(j providers.Job) Plan {
+func (r rule) grant(j providers.Job) (Plan, error) {
 	plan := r.plan
 	if j.Timeout > 0 {
 		plan.Timeout = min(plan.Timeout, j.Timeout)
 	}
 	plan.Egress = slices.Clone(plan.Egress)
+	var errs []error
+	for i, e := range plan.Egress {
+		filled, err := fill(e.Rule, j)
+		plan.Egress[i].Rule = filled
+		errs = append(errs, err)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return Plan{}, err
+	}
 	plan.Leases = slices.Clone(plan.Leases)
 	for i := range plan.Leases {
 		l := &plan.Leases[i]
 		l.TTL = min(orDefault(l.TTL, plan.Timeout), plan.Timeout)
 	}
-	return plan
+	return plan, nil
 }
 
 // A Grant is what some rule lets jobs ask of an issuer. The command that checks

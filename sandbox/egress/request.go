@@ -16,10 +16,10 @@ type Request struct {
 	// path. It is written without percent-encoding.
 	Path string
 	// Query are the keys that the query may have. nil: any; empty: no query.
-	Query []string `json:",omitempty"`
+	Query []string `json:",omitzero"`
 	// ContentTypes are the media types that the body of a request may have, as
 	// "application/json" or "image/*". nil: any, also none.
-	ContentTypes []string `json:",omitempty"`
+	ContentTypes []string `json:",omitzero"`
 	// Sent and Received bound the bytes of one body, each way. A WebSocket's
 	// bytes are its bodies. 0: unbounded.
 	Sent     int64 `json:",omitempty"`
@@ -33,6 +33,9 @@ type Request struct {
 	// ever carried.
 	WebSocket bool `json:",omitempty"`
 }
+
+// mostRate is ten thousand a second, which is more than one job gets through.
+const mostRate = 600_000
 
 // Check says why the request cannot be enforced as it is written.
 func (r Request) Check() error {
@@ -58,6 +61,9 @@ func (r Request) Check() error {
 		if err := checkMediaType(t); err != nil {
 			all = append(all, err)
 		}
+	}
+	if r.Rate > mostRate {
+		all = append(all, fmt.Errorf("rate %d: at most %d can be counted", r.Rate, mostRate))
 	}
 	if r.Sent < 0 || r.Received < 0 || r.Count < 0 || r.Rate < 0 {
 		all = append(all, errors.New("a bound is negative"))
