@@ -153,7 +153,8 @@ func (l *life) ledger(line egress.Line) error {
 	werr := l.audit(context.Background(), l.log.Job, "egress."+line.Network, object, err,
 		"verdict", string(line.Verdict), "gateway", line.Gateway, "address", line.Address, "port", number(int64(line.Port)),
 		"protocol", string(line.Protocol), "rule", line.Rule, "dialled", line.Dialled,
-		"sent", number(line.Sent), "received", number(line.Received), "duration", line.Duration.String())
+		"sent", number(line.Sent), "received", number(line.Received), "duration", line.Duration.String(),
+		"method", line.Request.Method, "path", l.out.hide(line.Request.Path), "status", number(int64(line.Request.Status)))
 	if err != nil {
 		l.out.refusal(line, l.serviceOf(line.Gateway))
 	}

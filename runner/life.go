@@ -134,7 +134,10 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 	_, err = hold(ctx, l, gateway, func(ctx context.Context) (none, grip, error) {
 		rules, ports := l.reach(plan)
 		rules = append(rules, stepRules(plan, "")...)
-		return none{}, grip{}, l.cfg.Gateway.Open(ctx, gateway, egress.Opening{Rules: egress.Rules{Allow: rules}, Ledger: l.ledger, Publish: ports})
+		return none{}, grip{}, l.cfg.Gateway.Open(ctx, gateway, egress.Opening{
+			Rules: egress.Rules{Allow: rules}, Ledger: l.ledger, Publish: ports,
+			Terminate: l.terminates(plan), Expires: l.expires(plan, deadline),
+		})
 	})
 	if err != nil {
 		return providers.Result{}, err
@@ -161,6 +164,9 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 		return providers.Result{}, err
 	}
 	l.clock.mark("attest")
+	if err := l.trust(ctx, box, &img, gateway, l.terminates(plan)); err != nil {
+		return providers.Result{}, err
+	}
 	if err := l.awaitServices(ctx); err != nil {
 		return providers.Result{}, err
 	}

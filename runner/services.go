@@ -164,7 +164,7 @@ func (l *life) startService(ctx, alive context.Context, plan policy.Plan, deadli
 	gateway, name := serviceGateway(l.log.Job, s.index), serviceBox(l.log.Job, s.index)
 	_, err := hold(ctx, l, gateway, func(ctx context.Context) (none, grip, error) {
 		rules := egress.Rules{Allow: serviceRules(plan, s.host)}
-		return none{}, grip{}, l.cfg.Gateway.Open(ctx, gateway, egress.Opening{Rules: rules, Ledger: l.ledger})
+		return none{}, grip{}, l.cfg.Gateway.Open(ctx, gateway, egress.Opening{Rules: rules, Ledger: l.ledger, Expires: deadline.Add(boxGrace)})
 	})
 	if err != nil {
 		return err
@@ -187,6 +187,9 @@ func (l *life) startService(ctx, alive context.Context, plan policy.Plan, deadli
 		return fmt.Errorf("attach: %w", err)
 	}
 	if err := l.attest(ctx, name, gateway, box, sockets, attestBefore); err != nil {
+		return err
+	}
+	if err := l.trust(ctx, box, &s.image, gateway, terminated(serviceRules(plan, s.host))); err != nil {
 		return err
 	}
 	p, err := s.process()

@@ -158,13 +158,9 @@ func (p *Policy) Decide(j providers.Job) (Plan, error) {
 		ErrDenied, orDefault(p.file, "an empty policy"), s.Provider, s.Repository, s.Ref, s.Event, s.Workflow, j.Trust)
 }
 
-// grant is the plan of the rule for one job, which may ask for less time.
+// grant is the plan of the rule for one job, with the job's facts in it.
 func (r rule) grant(j providers.Job) (Plan, error) {
-	plan := r.plan
-	if j.Timeout > 0 {
-		plan.Timeout = min(plan.Timeout, j.Timeout)
-	}
-	plan.Egress = slices.Clone(plan.Egress)
+	plan := r.offer(j)
 	var errs []error
 	for i, e := range plan.Egress {
 		filled, err := fill(e.Rule, j)
@@ -174,12 +170,22 @@ func (r rule) grant(j providers.Job) (Plan, error) {
 	if err := errors.Join(errs...); err != nil {
 		return Plan{}, err
 	}
+	return plan, nil
+}
+
+// offer is the plan of the rule for one job, which may ask for less time.
+func (r rule) offer(j providers.Job) Plan {
+	plan := r.plan
+	if j.Timeout > 0 {
+		plan.Timeout = min(plan.Timeout, j.Timeout)
+	}
+	plan.Egress = slices.Clone(plan.Egress)
 	plan.Leases = slices.Clone(plan.Leases)
 	for i := range plan.Leases {
 		l := &plan.Leases[i]
 		l.TTL = min(orDefault(l.TTL, plan.Timeout), plan.Timeout)
 	}
-	return plan, nil
+	return plan
 }
 
 // A Grant is what some rule lets jobs ask of an issuer. The command that checks
@@ -228,7 +234,7 @@ func (p *Policy) Places() []Place {
 func (p *Policy) Plans() []Plan {
 	var plans []Plan
 	for _, r := range p.rules {
-		plans = append(plans, r.grant(providers.Job{}))
+		plans = append(plans, r.offer(providers.Job{}))
 	}
 	return plans
 }
