@@ -92,7 +92,7 @@ func (endless) Read(b []byte) (int, error) { return len(b), nil }
 // with what passes.
 func TestFlat(t *testing.T) {
 	// Not parallel: it looks at the memory of the whole process.
-	const size, most = 192 << 20, 64 << 20
+	const size, most = 64 << 20, 32 << 20
 	s := newSecured(t, true, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if n, err := io.Copy(io.Discard, r.Body); err == nil && n == size {
 			_, _ = io.CopyN(w, endless{}, size)
