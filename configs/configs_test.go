@@ -92,6 +92,29 @@ func TestExamplePolicy(t *testing.T) {
 	}
 }
 
+// TestExampleHTTPS: facts of the job are in the paths, sets are expanded, and a
+// fact that is no word refuses the job.
+func TestExampleHTTPS(t *testing.T) {
+	t.Parallel()
+	src, err := os.ReadFile("policy-https.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := policy.Parse(src, "policy-https.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	j := providers.Job{Subject: creds.Subject{Repository: "acme/app", Ref: "refs/heads/main"}, Trust: providers.TrustProtected}
+	plan, err := p.Decide(j)
+	if err != nil || len(plan.Egress) != 7 || plan.Egress[4].Rule.Requests[0].Path != "/acme/app.git/info/refs" {
+		t.Errorf("got %+v, %v, want 7 ways out and the job's repository in a path", plan.Egress, err)
+	}
+	j.Subject.Repository = "acme/.."
+	if _, err := p.Decide(j); !errors.Is(err, policy.ErrDenied) {
+		t.Errorf("repository %s: got %v, want it refused", j.Subject.Repository, err)
+	}
+}
+
 func TestExampleDocker(t *testing.T) {
 	t.Parallel()
 	own := exampleEngine(t, "docker")

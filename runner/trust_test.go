@@ -57,8 +57,8 @@ func TestTrust(t *testing.T) {
 			t.Errorf("got log %q, want %q", w.log.String(), want)
 		}
 	}
-	if got := strings.Join(w.order, " "); !strings.Contains(got, "attach authority") {
-		t.Errorf("got order %q, want the authority to follow attach", got)
+	if got := strings.Join(w.order, " "); !strings.Contains(got, "attach box.probe authority") {
+		t.Errorf("got order %q, want the authority once the box has been looked at", got)
 	}
 }
 

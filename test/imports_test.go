@@ -102,6 +102,8 @@ func confinements() []confinement {
 		{"github.com/elastic/go-seccomp-bpf", "sandbox/native/...", "sandbox/native/...", "one runtime writes system call filters"},
 		{"github.com/rs/zerolog", "cmd/mayfly runner test/...", "...", "implementations return errors and do not log"},
 		{"github.com/prometheus/client_golang", "runner/monitor", "", "one package shows metrics"},
+		{"google.golang.org/grpc", "", "sandbox/egress/gateway", "a real gRPC client and server, to test the gateway between them"},
+		{"google.golang.org/protobuf", "", "sandbox/egress/gateway", "their messages"},
 		{"github.com/rogpeppe/go-internal", "", "...", "test scripts"},
 		{"golang.org/x/net", "sandbox/egress/... sandbox/wall sandbox/native/... sandbox/netns/... test/...", "...", "DNS messages and packet filters"},
 		{"golang.org/x/sys", "sandbox/native/... sandbox/engine sandbox/containerd sandbox/image sandbox/kernel sandbox/mountpoint sandbox/guest/... sandbox/netns/... sandbox/egress/... runner runner/console runner/gitcache runner/internal/... runner/monitor cmd/... test/... providers/local", "...", "system calls; the contracts name none"},

@@ -46,16 +46,18 @@ func (p *peer) frame(kind http2.FrameType, flags http2.Flags, stream uint32, pay
 	return p.WriteRawFrame(kind, flags, stream, payload)
 }
 
-// offences are what RFC 9113 says must be an error of the stream or the
-// connection, by section. arrives says that a request before it is in order.
-func offences() []struct {
-	name string
+// An offence is what RFC 9113 says must be an error of the stream or the
+// connection.
+type offence struct {
+	name string // with the section
 	do   func(p *peer) error
-} {
-	return []struct {
-		name string
-		do   func(p *peer) error
-	}{
+}
+
+func offences() []offence { return append(frameOffences(), requestOffences()...) }
+
+// frameOffences are those of sections 3 to 6.
+func frameOffences() []offence {
+	return []offence{
 		{"3.4 a wrong preface", nil},
 		{"4.2 a frame that is too large", func(p *peer) error { return p.frame(http2.FrameData, 0, 1, make([]byte, 1<<20+1)...) }},
 		{"4.3 a header block that is none", func(p *peer) error { return p.open(1, true, []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}) }},
@@ -107,6 +109,12 @@ func offences() []struct {
 		{"6.10 another frame inside a header block", func(p *peer) error {
 			return errors.Join(p.frame(http2.FrameHeaders, 0, 1, p.good()...), p.frame(http2.FramePing, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8))
 		}},
+	}
+}
+
+// requestOffences are those of section 8.
+func requestOffences() []offence {
+	return []offence{
 		{"8.1.1 less body than its length", func(p *peer) error {
 			return errors.Join(p.open(1, false, p.good("content-length", "5")), p.WriteData(1, true, []byte("x")))
 		}},
