@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"maps"
@@ -129,7 +130,20 @@ func (w *wiring) examine() []finding {
 		fs = append(fs, examineProvider(ctx, name, w.agent.Providers[name]))
 	}
 	fs = append(fs, finding{"policy", w.policyFile, stateOK, w.agent.Policy.Digest()})
-	return slices.Concat(fs, w.examineState(), w.examineSlots(), w.examineWarm(), w.examineMonitor(), w.examineGit(ctx))
+	return slices.Concat(fs, examineGateway(), w.examineState(), w.examineSlots(), w.examineWarm(), w.examineMonitor(), w.examineGit(ctx))
+}
+
+// examineGateway says whose certificates jobs see and whose the gateway believes.
+func examineGateway() []finding {
+	f := finding{"gateway", "https", stateOK, "TLS that a rule ends here has an authority for each job, made when it is needed; destinations are believed as this machine does"}
+	roots, err := x509.SystemCertPool()
+	switch {
+	case err != nil:
+		f.State, f.Detail = stateMissing, err.Error()
+	case roots.Equal(x509.NewCertPool()):
+		f.State, f.Detail = stateMissing, "this machine trusts no authority: install ca-certificates, or write ca: in each https rule"
+	}
+	return []finding{f}
 }
 
 // examineProvider asks a service that can be asked without taking a job.
