@@ -30,10 +30,9 @@ const (
 type exchange struct {
 	session *session
 	proxy   *httputil.ReverseProxy
-	plain   *http.Transport // for requests
-	upgrade *http.Transport // for those that become WebSockets, which HTTP/2 does not carry
-	wg      sync.WaitGroup  // requests that took the connection over
-	pending atomic.Bool     // bytes of a request came, and its line is not written
+	out     *http.Transport
+	wg      sync.WaitGroup // requests that took the connection over
+	pending atomic.Bool    // bytes of a request came, and its line is not written
 
 	mu    sync.Mutex
 	first net.Conn // dialled, not yet used
@@ -41,23 +40,17 @@ type exchange struct {
 }
 
 // serveHTTP serves the requests of the connection. conn is the job's, or TLS on
-// top of it.
-func (c *session) serveHTTP(ctx context.Context, conn net.Conn) {
+// top of it; h2 says that HTTP/2 was agreed on.
+func (c *session) serveHTTP(ctx context.Context, conn net.Conn, h2 bool) {
 	x := &exchange{session: c}
 	silent := log.New(io.Discard, "", 0) // the ledger says what happened
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
-	x.upgrade = x.transport(protocols)
-	x.plain = x.upgrade
-	if c.line.Protocol == egress.HTTPS {
-		protocols = new(http.Protocols)
-		protocols.SetHTTP1(true)
-		protocols.SetHTTP2(true)
-		x.plain = x.transport(protocols)
-	}
+	protocols.SetHTTP2(h2)
+	x.out = x.transport(protocols)
 	x.proxy = &httputil.ReverseProxy{
 		Rewrite:        x.rewrite,
-		Transport:      x,
+		Transport:      x.out,
 		ModifyResponse: x.inspect,
 		FlushInterval:  -1,
 		BufferPool:     c.gateway.buffers,
@@ -73,7 +66,7 @@ func (c *session) serveHTTP(ctx context.Context, conn net.Conn) {
 		IdleTimeout:       c.gateway.cfg.Idle,
 		MaxHeaderBytes:    headerLimit,
 		BaseContext:       func(net.Listener) context.Context { return ctx },
-		ConnState:         x.watch(ended),
+		ConnState:         x.watch(ended, h2),
 		ErrorLog:          silent,
 		// OPTIONS * is the destination's to answer.
 		DisableGeneralOptionsHandler: true,
@@ -82,14 +75,14 @@ func (c *session) serveHTTP(ctx context.Context, conn net.Conn) {
 	_ = server.Serve(&single{conn: conn})
 	<-ended
 	x.wg.Wait()
-	x.plain.CloseIdleConnections()
-	x.upgrade.CloseIdleConnections()
+	x.out.CloseIdleConnections()
 	if x.first != nil {
 		_ = x.first.Close() // net/http may have done so
 	}
 }
 
-// transport reaches the destination with some protocols.
+// transport reaches the destination, with the protocol that the job chose where
+// that can be: only so is an upgrade passed on, and translating costs.
 func (x *exchange) transport(p *http.Protocols) *http.Transport {
 	c := x.session
 	dial := func(ctx context.Context, network, _ string) (net.Conn, error) {
@@ -116,19 +109,11 @@ func (x *exchange) transport(p *http.Protocols) *http.Transport {
 	return t
 }
 
-// RoundTrip implements http.RoundTripper.
-func (x *exchange) RoundTrip(r *http.Request) (*http.Response, error) {
-	if upgrades(r) {
-		return x.upgrade.RoundTrip(r)
-	}
-	return x.plain.RoundTrip(r)
-}
-
 // watch closes ended when the connection is over, and refuses in the ledger
 // what net/http answered without asking the handler.
-func (x *exchange) watch(ended chan struct{}) func(net.Conn, http.ConnState) {
+func (x *exchange) watch(ended chan struct{}, h2 bool) func(net.Conn, http.ConnState) {
 	// An HTTP/2 connection becomes active and idle once before its first request.
-	greeted := x.session.line.Protocol == egress.HTTP
+	greeted := !h2
 	return func(conn net.Conn, state http.ConnState) {
 		switch state {
 		case http.StateActive:
@@ -189,7 +174,7 @@ func (x *exchange) serve(w http.ResponseWriter, r *http.Request) {
 			err = refused("%v", errWithdrawn)
 		} else {
 			defer c.box.leave(v.grant.scope, v)
-			v.line.Dialled, err = x.connect(ctx, upgrades(r))
+			v.line.Dialled, err = x.connect(ctx)
 		}
 	}
 	v.line.Verdict = egress.Allowed
@@ -292,7 +277,7 @@ func (x *exchange) inspect(r *http.Response) error {
 
 // connect dials the destination before the first request, so that its line can
 // name the address and say that nobody was there, and returns that address.
-func (x *exchange) connect(ctx context.Context, upgrade bool) (string, error) {
+func (x *exchange) connect(ctx context.Context) (string, error) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.to != "" {
@@ -305,11 +290,7 @@ func (x *exchange) connect(ctx context.Context, upgrade bool) (string, error) {
 		return "", err
 	}
 	to := conn.RemoteAddr().String()
-	protocols := x.plain.Protocols
-	if upgrade {
-		protocols = x.upgrade.Protocols
-	}
-	if conn, err = c.secure(ctx, conn, protocols); err != nil {
+	if conn, err = c.secure(ctx, conn, x.out.Protocols); err != nil {
 		return "", err
 	}
 	x.first, x.to = conn, to

@@ -59,7 +59,7 @@ func (c *session) serve() {
 	defer c.job.Close()
 	switch c.grant.Protocol {
 	case egress.HTTP:
-		c.serveHTTP(ctx, c.job)
+		c.serveHTTP(ctx, c.job, false)
 	case egress.HTTPS:
 		c.terminate(ctx)
 	case egress.TLS:

@@ -39,7 +39,7 @@ func (c *session) terminate(ctx context.Context) {
 		return
 	}
 	_ = c.job.SetReadDeadline(time.Time{}) // fails on a closed connection, as the next read then does
-	c.serveHTTP(ctx, conn)
+	c.serveHTTP(ctx, conn, conn.ConnectionState().NegotiatedProtocol == "h2")
 }
 
 // caFile is where jobs find the certificate, for the reader of the ledger.
