@@ -15,6 +15,7 @@ import (
 	"github.com/mayfly-ci/mayfly/providers/local"
 	"github.com/mayfly-ci/mayfly/runner"
 	"github.com/mayfly-ci/mayfly/runner/policy"
+	"github.com/mayfly-ci/mayfly/sandbox/egress"
 )
 
 // runConfig reads a configuration and everything that it names, and touches
@@ -244,6 +245,10 @@ func explain(e policy.Explanation) string {
 			fmt.Fprintf(&b, "            %s is %q, the rule wants %s\n", m.Field, m.Got, strings.Join(m.Want, " or "))
 		}
 	}
+	if e.Refused != "" {
+		fmt.Fprintf(&b, "\nrefused: %s\n", e.Refused)
+		return b.String()
+	}
 	if e.Plan == nil {
 		b.WriteString("\nrefused: no rule matches, so nothing is granted\n")
 		return b.String()
@@ -259,6 +264,9 @@ func explain(e policy.Explanation) string {
 	fmt.Fprintf(&b, "\ngranted by %s\n  runtime %s, at most %v\n", p.Rule, where, p.Timeout)
 	for _, x := range p.Egress {
 		fmt.Fprintf(&b, "  egress  %s:%d %s%s\n", x.Rule.Name, x.Rule.Port, x.Rule.Protocol, onlyIn(x.Step))
+		for _, r := range x.Rule.Requests {
+			fmt.Fprintf(&b, "            %s %s%s\n", strings.Join(r.Methods, ", "), r.Path, bounds(r))
+		}
 	}
 	for _, l := range p.Leases {
 		fmt.Fprintf(&b, "  lease   %s from %s for at most %v%s\n", l.Name, l.Issuer, l.TTL, onlyIn(l.Step))
@@ -270,6 +278,24 @@ func explain(e policy.Explanation) string {
 		fmt.Fprintf(&b, "  the job has no step %s: what is only for that is never given\n", step)
 	}
 	return b.String()
+}
+
+// bounds is what else a request must be.
+func bounds(r egress.Request) string {
+	text := ""
+	add := func(set bool, format string, args ...any) {
+		if set {
+			text += fmt.Sprintf(", "+format, args...)
+		}
+	}
+	add(r.Query != nil, "query keys %q", r.Query)
+	add(r.ContentTypes != nil, "content %s", strings.Join(r.ContentTypes, " or "))
+	add(r.Sent > 0, "at most %d bytes sent", r.Sent)
+	add(r.Received > 0, "at most %d bytes received", r.Received)
+	add(r.Count > 0, "%d times", r.Count)
+	add(r.Rate > 0, "%d a minute", r.Rate)
+	add(r.WebSocket, "also as a WebSocket")
+	return text
 }
 
 func onlyIn(step string) string {

@@ -11,6 +11,8 @@ type Explanation struct {
 	Digest string  `json:"digest"`
 	Trials []Trial `json:"trials"`         // every rule, in the order of the file
 	Plan   *Plan   `json:"plan,omitempty"` // nil if the job is refused
+	// Refused says why the rule that matches refuses the job; empty if none does.
+	Refused string `json:"refused,omitempty"`
 	// AbsentSteps are steps that the plan names and the job does not have, so
 	// that their grants are never held. A slip in either file ends up here.
 	AbsentSteps []string `json:"absent_steps,omitempty"`
@@ -40,9 +42,13 @@ func (p *Policy) Explain(j providers.Job) Explanation {
 		t.Matched = len(t.Mismatches) == 0
 		e.Trials = append(e.Trials, t)
 	}
-	if plan, err := p.Decide(j); err == nil {
+	plan, err := p.Decide(j)
+	switch matched := slices.ContainsFunc(e.Trials, func(t Trial) bool { return t.Matched }); {
+	case err == nil:
 		e.Plan = &plan
 		e.AbsentSteps = absent(plan, j)
+	case matched:
+		e.Refused = err.Error()
 	}
 	return e
 }
