@@ -65,6 +65,7 @@ func parts() []part {
 		{"memory", memory},
 		{"masking", masking},
 		{"gateway", throughGateway},
+		{"https", terminated},
 		{"fsyncs", fsyncs},
 		{"peers", peers},
 		{"runtimes", runtimes},

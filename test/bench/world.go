@@ -31,26 +31,28 @@ func workflowFiles() map[string]string {
 		return text
 	}
 	return map[string]string{
-		"lease.yml":    job("echo $EPOCHREALTIME"),
-		"bare.yml":     job("echo $EPOCHREALTIME"),
-		"true.yml":     job(`"true"`),
-		"leases.yml":   job(`"true"`),
-		"steps.yml":    job(slices.Repeat([]string{`"true"`}, stepsOfAJob)...),
-		nativeFile:     job(`"true"`),
-		imageFile:      job(`"true"`),
-		gvisorFile:     job(`"true"`),
-		dockerFile:     job(`"true"`),
-		containerdFile: job(`"true"`),
-		"sleep.yml":    job("exec sleep 1000"),
-		"stream.yml":   job("$CLIENT stream $SERVER"),
-		"connect.yml":  job("$CLIENT connect $SERVER " + strconv.Itoa(connectsOfAJob)),
+		"lease.yml":         job("echo $EPOCHREALTIME"),
+		"bare.yml":          job("echo $EPOCHREALTIME"),
+		"true.yml":          job(`"true"`),
+		"leases.yml":        job(`"true"`),
+		"steps.yml":         job(slices.Repeat([]string{`"true"`}, stepsOfAJob)...),
+		nativeFile:          job(`"true"`),
+		imageFile:           job(`"true"`),
+		gvisorFile:          job(`"true"`),
+		dockerFile:          job(`"true"`),
+		containerdFile:      job(`"true"`),
+		"sleep.yml":         job("exec sleep 1000"),
+		"stream.yml":        job("$CLIENT stream $SERVER"),
+		"connect.yml":       job("$CLIENT connect $SERVER " + strconv.Itoa(connectsOfAJob)),
+		"https-stream.yml":  job("$CLIENT download $WEB/stream"),
+		"https-connect.yml": job("$CLIENT requests $WEB/ " + strconv.Itoa(connectsOfAJob)),
 	}
 }
 
 // The policy: two workflows have a lease, the others only the gateway.
 const policyText = `version: 1
 rules:
-  - name: with-lease
+%[2]s  - name: with-lease
     match: {workflow: ["lease.yml", "leases.yml"], trust: [local]}
     timeout: 5m
     egress: [{name: server.bench, port: %[1]d, protocol: tcp, resolve: [127.0.0.1]}]
@@ -80,6 +82,7 @@ type world struct {
 	postgres *postgrestest.Server
 	issuer   *postgres.Issuer // what the agents have, to be timed alone
 	server   *server
+	web      *web
 	agents   []*agent
 }
 
@@ -115,6 +118,9 @@ func newWorld(ctx context.Context) (w *world, err error) {
 	if w.server, err = listen(); err != nil {
 		return nil, err
 	}
+	if w.web, err = listenTLS(); err != nil {
+		return nil, err
+	}
 	if err := w.files(ctx); err != nil {
 		return nil, err
 	}
@@ -131,11 +137,11 @@ func (w *world) path(name string) string { return filepath.Join(w.dir, name) }
 func (w *world) files(ctx context.Context) error {
 	repo := w.path("repo")
 	err := errors.Join(
-		os.WriteFile(w.path("policy.yaml"), fmt.Appendf(nil, policyText, w.server.port), 0o600),
+		os.WriteFile(w.path("policy.yaml"), fmt.Appendf(nil, policyText, w.server.port, w.web.rule()), 0o600),
 		os.WriteFile(w.path("password"), []byte(w.postgres.Password()), 0o600),
 		os.Mkdir(repo, 0o755),
 	)
-	replace := strings.NewReplacer("$CLIENT", w.path("tools/client"), "$SERVER", fmt.Sprintf("server.bench:%d", w.server.port))
+	replace := strings.NewReplacer("$CLIENT", w.path("tools/client"), "$SERVER", fmt.Sprintf("server.bench:%d", w.server.port), "$WEB", w.web.url(""))
 	for name, text := range workflowFiles() {
 		err = errors.Join(err, os.WriteFile(filepath.Join(repo, name), []byte(replace.Replace(text)), 0o644))
 	}
@@ -165,6 +171,9 @@ func (w *world) close() error {
 	}
 	if w.server != nil {
 		errs = append(errs, w.server.close())
+	}
+	if w.web != nil {
+		errs = append(errs, w.web.close())
 	}
 	if w.postgres != nil {
 		errs = append(errs, w.postgres.Close())

@@ -2,13 +2,17 @@
 // comparison, to measure a network.
 //
 //	client stream ADDRESS     bytes and nanoseconds from connect to the end of the stream
+//	client download URL       the same of an answer
+//	client requests URL N     nanoseconds of each of N requests, each with a connection of its own
 //	client connect ADDRESS N  nanoseconds of each of N connects with a byte there and back
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"strconv"
 	"time"
@@ -31,6 +35,21 @@ func run(args []string) error {
 			return err
 		}
 		return connect(args[1], n)
+	}
+	if len(args) == 2 && args[0] == "download" {
+		return download(args[1])
+	}
+	if len(args) == 3 && args[0] == "requests" {
+		n, err := strconv.Atoi(args[2])
+		if err != nil {
+			return err
+		}
+		for range n {
+			if err := request(args[1]); err != nil {
+				return err
+			}
+		}
+		return nil
 	}
 	return fmt.Errorf("arguments %q", args)
 }
@@ -79,6 +98,46 @@ func connect(address string, n int) error {
 			return err
 		}
 	}
+	return nil
+}
+
+// get asks for an answer, at ADDRESS if that is set and not where the name leads.
+// HTTP/1 is what most programs that download speak, and the faster one.
+func get(url string) (int64, error) {
+	t := &http.Transport{DisableKeepAlives: true, Protocols: new(http.Protocols)}
+	t.Protocols.SetHTTP1(true)
+	if to := os.Getenv("ADDRESS"); to != "" {
+		t.DialContext = func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, network, to)
+		}
+	}
+	resp, err := (&http.Client{Transport: t}).Get(url)
+	if err != nil {
+		return 0, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return 0, fmt.Errorf("%s: %s", url, resp.Status)
+	}
+	return io.CopyBuffer(struct{ io.Writer }{io.Discard}, resp.Body, make([]byte, 256<<10))
+}
+
+func download(url string) error {
+	start := time.Now()
+	n, err := get(url)
+	if err != nil {
+		return err
+	}
+	fmt.Println(n, time.Since(start).Nanoseconds())
+	return nil
+}
+
+func request(url string) error {
+	start := time.Now()
+	if _, err := get(url); err != nil {
+		return err
+	}
+	fmt.Println(time.Since(start).Nanoseconds())
 	return nil
 }
 
