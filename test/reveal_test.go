@@ -10,6 +10,11 @@ import (
 // why. Everything else handles the Secret, which prints as "[secret]".
 var revealers = map[string]string{
 	"runner/environ.go (*steps).field":                   "the value becomes a variable or a file of the step that the policy named",
+	"sandbox/egress/inject.go checkCredential":           "what no header carries, or could not be hidden in an answer, is refused",
+	"sandbox/egress/gateway/inject.go newInjection":      "a user and the credential encoded together are hidden together",
+	"sandbox/egress/gateway/inject.go (*injected).apply": "the credential leaves for the destination that its rule names, whose certificate was verified",
+	"runner/broker.go contains":                          "a field that has a brokered value in it is not given to the job",
+	"runner/broker.go placeholder":                       "a placeholder has the length and the kinds of characters",
 	"creds/mask/encodings.go needlesOf":                  "the mask must know what to hide",
 	"creds/mask/mask.go (*Set).With":                     "and what is too short to be hidden, which it refuses",
 	"creds/postgres/config.go (Config).password":         "the administrator's password leaves for the server, which proves who it is first",

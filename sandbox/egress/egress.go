@@ -6,7 +6,7 @@
 // destination itself and gives one [Line] to the ledger per attempt, allowed
 // or not. Empty rules allow nothing.
 //
-// The package imports the standard library only.
+// The package imports the standard library and package creds only.
 package egress
 
 import (
@@ -64,6 +64,10 @@ type Rule struct {
 	// CA are the certificates, as PEM, that an HTTPS destination's must chain
 	// to, instead of those that the machine trusts.
 	CA string `json:",omitempty"`
+	// Inject puts a credential into the requests. Then Protocol is HTTPS and Name
+	// no wildcard: what is below it may be anybody's. Of the rules that allow a
+	// request those with a credential count first.
+	Inject *Injection `json:",omitempty"`
 }
 
 // A Published port is one of 127.0.0.1 and ::1 in a box that the gateway listens
@@ -120,6 +124,8 @@ type Exchange struct {
 	// same with "*" for each segment that is more than a plain word.
 	Path   string `json:"path,omitempty"`
 	Status int    `json:"status,omitempty"` // of the answer, when it Ended
+	// Lease is whose credential the destination gets, if it gets one.
+	Lease string `json:"lease,omitempty"`
 }
 
 // A Ledger takes lines. It may block, which holds the attempt back: lines are

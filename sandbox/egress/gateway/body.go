@@ -44,7 +44,8 @@ type answered struct {
 	meter
 	sent   *counted // of a connection that has become something else
 	status int
-	err    error // why there is no answer
+	err    error  // why there is no answer
+	scrub  *scrub // nil: nothing is to be hidden
 	whole  bool
 }
 
@@ -52,6 +53,9 @@ func (a *answered) Write(b []byte) (int, error) {
 	if err := a.add(len(b)); err != nil {
 		a.err = err
 		return 0, err
+	}
+	if a.scrub != nil {
+		return a.scrub.body.Write(b)
 	}
 	return a.ResponseWriter.Write(b)
 }

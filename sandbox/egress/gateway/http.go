@@ -142,7 +142,8 @@ func (x *exchange) malformed() {
 type visit struct {
 	line   egress.Line
 	grant  *grant
-	narrow *narrow // nil: the rule says nothing of requests
+	narrow *narrow   // nil: the rule says nothing of requests
+	use    *injected // nil: the rule has no credential
 	sent   *counted
 	answer *answered
 }
@@ -202,16 +203,26 @@ func (x *exchange) admit(r *http.Request, v *visit) error {
 	if err := checkRequest(r, c.line); err != nil {
 		return err
 	}
-	grant, narrow, err := c.allow(r)
+	p, err := c.allow(r)
+	var use *injected
+	if p != nil {
+		use, v.grant, v.line.Rule = p.use, p.grant, p.grant.ID
+	}
+	if lease := c.box.tripped(r, use); lease != "" {
+		return denied("tripwire: the placeholder of lease %s is in a request, or in a place of it, that it is not for", lease)
+	}
 	if err != nil {
 		return err
 	}
-	v.grant, v.narrow, v.line.Rule = grant, narrow, grant.ID
-	if narrow == nil {
+	v.narrow, v.use = p.narrow, use
+	if use != nil && use.puts() {
+		v.line.Request.Lease = use.Lease
+	}
+	if v.narrow == nil {
 		return nil
 	}
-	v.line.Request.Path = narrow.Path
-	return narrow.pass(r.Context())
+	v.line.Request.Path = v.narrow.Path
+	return v.narrow.pass(r.Context())
 }
 
 // turnAway ends a request that does not pass.
@@ -231,6 +242,9 @@ func (x *exchange) forward(w http.ResponseWriter, r *http.Request, v *visit) {
 	c := x.session
 	v.sent = &counted{ReadCloser: r.Body}
 	v.answer = &answered{ResponseWriter: w, sent: v.sent}
+	if v.use != nil {
+		v.answer.scrub = newScrub(v.use.injection, w)
+	}
 	if v.narrow != nil {
 		v.sent.limit, v.answer.limit = v.narrow.Sent, v.narrow.Received
 	}
@@ -247,12 +261,18 @@ func (x *exchange) forward(w http.ResponseWriter, r *http.Request, v *visit) {
 		case !v.answer.whole:
 			line.Reason = "the answer broke off"
 		}
+		if v.use != nil {
+			line.Reason = v.use.hidden.Mask(line.Reason)
+		}
 		if !v.answer.whole && r.ProtoMajor == 1 {
 			reset(c.job) // so that the end does not look like the end of the answer
 		}
 		_ = v.book(c).line(line) // nothing is left to refuse; Close tells of it
 	}()
 	x.proxy.ServeHTTP(v.answer, r) // panics to break the connection off, which net/http does
+	if v.answer.err == nil {
+		v.answer.err = v.answer.finish()
+	}
 	v.answer.whole = v.answer.err == nil
 }
 
@@ -263,6 +283,9 @@ func (x *exchange) rewrite(r *httputil.ProxyRequest) {
 	r.Out.URL.RawQuery = r.In.URL.RawQuery
 	r.Out.Host = r.In.Host
 	r.Out.Trailer = r.In.Trailer // filled when the body has been read
+	if use := visitOf(r.In.Context()).use; use != nil {
+		use.apply(r.Out, r.In)
+	}
 }
 
 // inspect sees the header of each answer before the job does.
@@ -271,6 +294,9 @@ func (x *exchange) inspect(r *http.Response) error {
 	v.answer.status = r.StatusCode
 	if limit := v.answer.limit; limit > 0 && r.ContentLength > limit && r.Request.Method != http.MethodHead {
 		return denied("the answer has %d bytes, the rule allows %d", r.ContentLength, limit)
+	}
+	if v.use != nil {
+		return scrubbable(r)
 	}
 	return nil
 }

@@ -35,6 +35,7 @@ type secured struct {
 	port uint16
 	pool *x509.CertPool // what the box trusts
 	out  *httptest.Server
+	ca   string // of the destination, as PEM
 }
 
 // newSecured makes one. The destination speaks HTTP/2 if h2 says so.
@@ -57,10 +58,10 @@ func newSecured(tb testing.TB, h2 bool, handler http.Handler, requests ...egress
 	out.EnableHTTP2 = h2
 	out.StartTLS()
 	tb.Cleanup(out.Close)
-	s := &secured{port: portOf(out), pool: x509.NewCertPool(), out: out}
+	s := &secured{port: portOf(out), pool: x509.NewCertPool(), out: out, ca: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))}
 	s.box = newBox(tb, gateway.Config{}, egress.Rule{
 		Name: "web.example", Port: s.port, Protocol: egress.HTTPS, Requests: requests,
-		CA: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})),
+		CA: s.ca,
 	})
 	ca, err := s.gw.Authority("job")
 	if err != nil || !s.pool.AppendCertsFromPEM(ca) {

@@ -125,30 +125,75 @@ func (n *narrow) reserve(now time.Time) (time.Duration, error) {
 // allow finds the rule that lets a request of the connection pass: those of the
 // newest scope first, so that what a step was given counts before what the job
 // has.
-func (c *session) allow(r *http.Request) (*grant, *narrow, error) {
+//
+// Rules with a credential count before all others, and what one of them says of
+// another's credential is final: a weaker rule beside it does not let it through.
+func (c *session) allow(r *http.Request) (*permit, error) {
 	best, far := "the rule was withdrawn", -1
+	var held *permit // the credential in it is another one
 	for _, g := range c.box.offers(c.line.Name, c.line.Port) {
 		if !sameService(g.Rule, c.grant.Rule) {
 			continue
 		}
-		if len(g.narrows) == 0 {
-			if !upgrades(r) {
-				return &g, nil, nil
-			}
-			best, far = "the rule does not allow an upgrade to another protocol; allow the request with websocket: true", 5
+		if g.inject == nil && held != nil {
+			break
+		}
+		n, why, f := g.judge(r)
+		if f > far {
+			best, far = why, f
+		}
+		if why != "" {
 			continue
 		}
-		for _, n := range g.narrows {
-			why, f := n.judge(r)
-			if why == "" {
-				return &g, n, nil
-			}
-			if f > far {
-				best, far = why, f
-			}
+		p := &permit{grant: &g, narrow: n}
+		if g.inject == nil {
+			return p, nil
+		}
+		p.use = &injected{g.inject, g.inject.state(r)}
+		if p.use.state != foreign {
+			held = p
+			break
+		}
+		if held == nil {
+			held = p
 		}
 	}
-	return nil, nil, denied("%s", best)
+	if held == nil {
+		return nil, denied("%s", best)
+	}
+	if why := held.use.judge(r); why != "" {
+		return held, denied("%s", why)
+	}
+	return held, nil
+}
+
+// A permit is what lets a request pass.
+type permit struct {
+	grant  *grant
+	narrow *narrow   // nil: the rule says nothing of requests
+	use    *injected // nil: the rule has no credential
+}
+
+// judge finds what of a rule allows a request, or why nothing does, and how far
+// it came.
+func (g *grant) judge(r *http.Request) (n *narrow, why string, far int) {
+	if len(g.narrows) == 0 {
+		if upgrades(r) {
+			return nil, "the rule does not allow an upgrade to another protocol; allow the request with websocket: true", 5
+		}
+		return nil, "", -1
+	}
+	far = -1
+	for _, n := range g.narrows {
+		w, f := n.judge(r)
+		if w == "" {
+			return n, "", -1
+		}
+		if f > far {
+			why, far = w, f
+		}
+	}
+	return nil, why, far
 }
 
 // sameService reports that what one rule says of the destination holds for a

@@ -107,12 +107,30 @@ func validateRequests(r egress.Rule) error {
 	if r.CA != "" && !x509.NewCertPool().AppendCertsFromPEM([]byte(r.CA)) {
 		return errors.New("CA: certificates as PEM are needed")
 	}
+	if err := validateInjection(r); err != nil {
+		return err
+	}
 	for i, request := range r.Requests {
 		if err := request.Check(); err != nil {
 			return fmt.Errorf("request %d: %w", i+1, err)
 		}
 	}
 	return nil
+}
+
+// validateInjection refuses a credential that could reach somebody else.
+func validateInjection(r egress.Rule) error {
+	switch {
+	case r.Inject == nil:
+		return nil
+	case r.Protocol != egress.HTTPS:
+		return fmt.Errorf("protocol %s: a credential is put into requests of https alone", r.Protocol)
+	case strings.HasPrefix(r.Name, "*"):
+		return fmt.Errorf("name %s: a credential is for one name; what is below it may be anybody's", r.Name)
+	case r.Inject.Value.IsZero():
+		return errors.New("the credential is empty")
+	}
+	return r.Inject.Check()
 }
 
 // canonical is the one form of a host name: lower-case LDH labels (RFC 1123

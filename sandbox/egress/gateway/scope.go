@@ -87,6 +87,7 @@ type grant struct {
 	scope   *scope
 	into    *box      // of a rule with a Service
 	narrows []*narrow // the rule's Requests
+	inject  *injection
 }
 
 // A destination is a name of a box. It keeps its address for as long as the box
@@ -119,6 +120,7 @@ type box struct {
 	net    *os.File // the network of the box; nil before Attach, after Close, and if it cannot be entered
 
 	published []published // since Open
+	tripwires []tripwire  // of all that were ever open
 }
 
 func newBox() *box {
@@ -167,6 +169,7 @@ func (b *box) admit(s *scope, rules []grant, limit int) error {
 		r.scope = s
 		d.grants = append(d.grants, r)
 	}
+	b.arm(rules)
 	b.scopes = append(b.scopes, s)
 	return nil
 }
@@ -257,7 +260,8 @@ func (b *box) grants(d *destination, port uint16) []grant {
 	return nil
 }
 
-// offers are the grants for a port of a name, those of the newest scope first.
+// offers are the grants for a port of a name: those with a credential first, and
+// then those of the newest scope.
 func (b *box) offers(name string, port uint16) []grant {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -267,6 +271,12 @@ func (b *box) offers(name string, port uint16) []grant {
 	}
 	all := b.grants(d, port)
 	slices.SortStableFunc(all, func(x, y grant) int {
+		if (x.inject == nil) != (y.inject == nil) {
+			if x.inject == nil {
+				return 1
+			}
+			return -1
+		}
 		return slices.Index(b.scopes, y.scope) - slices.Index(b.scopes, x.scope)
 	})
 	return all

@@ -27,7 +27,7 @@ func (g *Gateway) grants(o egress.Opening) ([]grant, []published, error) {
 		if err != nil {
 			return nil, nil, err
 		}
-		all = append(all, grant{Rule: r, into: into, narrows: narrows(r.Requests)})
+		all = append(all, grant{Rule: r, into: into, narrows: narrows(r.Requests), inject: newInjection(r.Inject)})
 	}
 	var ports []published
 	for _, p := range o.Publish {

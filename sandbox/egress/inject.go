@@ -1,0 +1,117 @@
+package egress
+
+import (
+	"errors"
+	"fmt"
+	"net/textproto"
+	"slices"
+	"strings"
+
+	"github.com/mayfly-ci/mayfly/creds"
+)
+
+// A Place is where a credential stands in a request.
+type Place string
+
+// The places that a gateway can put a credential into.
+const (
+	Bearer Place = "bearer" // Authorization: Bearer (RFC 6750), or the scheme "token" if the job wrote that
+	Basic  Place = "basic"  // the password of Authorization: Basic (RFC 7617), or its user
+	Header Place = "header" // the whole of a named header
+	Query  Place = "query"  // the value of a named key
+)
+
+// An Injection puts a credential into the requests of an HTTPS rule for one
+// name. The job holds a placeholder in its place. What the answers say of the
+// credential is hidden before the job sees them.
+type Injection struct {
+	Lease string // name of the lease that it belongs to, for the ledger
+	As    Place
+	Name  string `json:",omitempty"` // of the header or the key
+	// User is that of Basic. Empty: what the job wrote, or DefaultUser.
+	User string `json:",omitempty"`
+	// Value is the credential: at least MinCredential bytes of printable ASCII
+	// without blanks.
+	Value creds.Secret `json:"-"`
+	// Placeholder is replaced by Value where As says. It is worthless, unique,
+	// and as long as MinPlaceholder. Everywhere else it is a tripwire: the
+	// request is refused, whatever rule allows it, until the box is closed.
+	Placeholder string `json:"-"`
+	// Strip removes what the job sends of other credentials: in Authorization,
+	// and in Name. Otherwise such a request is refused. Cookies, which would be
+	// credentials of their own, are always removed, both ways.
+	Strip bool `json:",omitempty"`
+	// Pass lets a request without a credential pass as it is. Otherwise the
+	// credential is added.
+	Pass bool `json:",omitempty"`
+}
+
+const (
+	// DefaultUser is the user of Basic when nobody names one. Services that take
+	// a token for a password do not look at it.
+	DefaultUser = "x-access-token"
+	// MinCredential is the least number of bytes that can be hidden in an answer
+	// without spoiling it.
+	MinCredential = 8
+	// MinPlaceholder keeps a placeholder from being guessed, or met by chance.
+	MinPlaceholder = 16
+)
+
+// Check says why the injection cannot be made as it is written. It looks at the
+// credential if there is one, and says nothing of it.
+func (in Injection) Check() error {
+	var all []error
+	if in.Lease == "" {
+		all = append(all, errors.New("a credential without a lease"))
+	}
+	named := in.As == Header || in.As == Query
+	switch {
+	case !slices.Contains([]Place{Bearer, Basic, Header, Query}, in.As):
+		all = append(all, fmt.Errorf("as %q: bearer, basic, header or query is needed", in.As))
+	case named && (in.Name == "" || strings.ContainsFunc(in.Name, func(c rune) bool { return !tokenChar(c) })):
+		all = append(all, fmt.Errorf("name %q: the name of the %s is needed, of letters, digits, _ and -", in.Name, in.As))
+	case !named && in.Name != "":
+		all = append(all, fmt.Errorf("as %s has its place, and takes no name", in.As))
+	case in.As == Header && framing(in.Name):
+		all = append(all, fmt.Errorf("header %s: it is the gateway's own, or has a meaning for HTTP; Authorization is as: bearer or basic", in.Name))
+	}
+	if in.As != Basic && in.User != "" || strings.ContainsFunc(in.User, func(c rune) bool { return c == ':' || unprintable(c) }) {
+		all = append(all, errors.New("user: as basic alone has one, of printable ASCII without a colon"))
+	}
+	return errors.Join(append(all, in.checkValue())...)
+}
+
+func (in Injection) checkValue() error {
+	if in.Value.IsZero() && in.Placeholder == "" {
+		return nil // it is not issued yet
+	}
+	return checkCredential(in.Value, in.Placeholder)
+}
+
+// checkCredential compares a credential with what stands in its place.
+func checkCredential(secret creds.Secret, placeholder string) error {
+	value := secret.Reveal()
+	switch {
+	case len(value) < MinCredential:
+		return fmt.Errorf("the credential has under %d bytes, and could not be hidden in answers", MinCredential)
+	case strings.ContainsFunc(value, unprintable):
+		return errors.New("the credential has blanks, control characters, or is not ASCII: no header carries it")
+	case len(placeholder) < MinPlaceholder || strings.ContainsFunc(placeholder, unprintable):
+		return fmt.Errorf("the placeholder has under %d bytes, or some that are not printable ASCII", MinPlaceholder)
+	case strings.Contains(value, placeholder) || strings.Contains(placeholder, value):
+		return errors.New("the placeholder is the credential")
+	}
+	return nil
+}
+
+func tokenChar(c rune) bool {
+	return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '-' || c == '_'
+}
+
+// framing reports a header that means something to the gateway.
+func framing(name string) bool {
+	return slices.Contains([]string{
+		"Accept-Encoding", "Authorization", "Connection", "Content-Encoding", "Content-Length", "Content-Type", "Cookie", "Expect", "Host",
+		"If-Range", "Keep-Alive", "Proxy-Authorization", "Proxy-Connection", "Range", "Te", "Trailer", "Transfer-Encoding", "Upgrade",
+	}, textproto.CanonicalMIMEHeaderKey(name))
+}
