@@ -54,7 +54,7 @@ func runConfig(c *call) error {
 
 // idle is what the policy says and the configuration makes meaningless.
 func idle(cfg *configs.Config, rules *policy.Policy) []string {
-	warnings := []string{}
+	warnings := append([]string{}, rules.Warnings()...)
 	for _, p := range rules.Places() {
 		if p.Keeps && cfg.Keep == 0 {
 			warnings = append(warnings, p.Rule+": keep-on-failure: no box is kept, for the configuration has keep: 0")
@@ -270,6 +270,11 @@ func explain(e policy.Explanation) string {
 	}
 	for _, l := range p.Leases {
 		fmt.Fprintf(&b, "  lease   %s from %s for at most %v%s\n", l.Name, l.Issuer, l.TTL, onlyIn(l.Step))
+		for _, x := range l.Broker {
+			in := x.Rule.Inject
+			fmt.Fprintf(&b, "          its %s is added to requests to %s:%d as %s, and the job has a placeholder\n",
+				x.Value, x.Rule.Name, x.Rule.Port, strings.TrimSpace(string(in.As)+" "+in.Name))
+		}
 	}
 	if len(p.Egress)+len(p.Leases) == 0 {
 		b.WriteString("  no way out and no credentials\n")

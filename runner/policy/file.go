@@ -78,6 +78,8 @@ type leaseNode struct {
 	Scope  strict.Node        `yaml:"scope"`
 	Env    map[variable]field `yaml:"env"`
 	Files  map[fileName]field `yaml:"files"`
+	Broker []brokerNode       `yaml:"broker"`
+	Clear  []field            `yaml:"clear"`
 }
 
 // decode reads the file and reports everything that is wrong with it.
@@ -126,6 +128,10 @@ func (n ruleNode) rule() (rule, error) {
 	for _, p := range out {
 		r.plan.Egress = append(r.plan.Egress, p.Egress)
 	}
+	for _, l := range n.Leases {
+		_, all, _ := l.brokers() // what is wrong with them is said below
+		out = append(out, all...)
+	}
 	errs = append(errs, n.checkTTL(), n.checkPull(), contradictions(out), overlaps(n.Leases, leaseKeys))
 	names := map[leaseName]bool{}
 	for _, l := range n.Leases {
@@ -157,8 +163,8 @@ func (n ruleNode) checkPull() error {
 	for _, l := range n.Leases {
 		switch {
 		case l.Name != n.Pull:
-		case len(l.Env) > 0 || len(l.Files) > 0 || l.Step != "":
-			return l.Self.Errorf("lease %s is what the image is pulled with, and no step may see it: remove step, env and files", l.Name)
+		case len(l.Env) > 0 || len(l.Files) > 0 || len(l.Broker) > 0 || l.Step != "":
+			return l.Self.Errorf("lease %s is what the image is pulled with, and no step may see it: remove step, env, files and broker", l.Name)
 		default:
 			return nil
 		}
@@ -181,8 +187,8 @@ func (n ruleNode) checkTTL() error {
 }
 
 func (l leaseNode) check() error {
-	if len(l.Env) == 0 && len(l.Files) == 0 {
-		return l.Self.Errorf("lease is delivered nowhere: add env or files")
+	if len(l.Env) == 0 && len(l.Files) == 0 && len(l.Broker) == 0 {
+		return l.Self.Errorf("lease is delivered nowhere: add broker, env or files")
 	}
 	return nil
 }
@@ -198,11 +204,12 @@ func (l leaseNode) lease() (Lease, error) {
 	if err == nil && scope != nil && scope[0] != '{' {
 		err = l.Scope.Errorf("want a mapping: the scope that issuer %s understands", l.Issuer)
 	}
+	brokers, _, berr := l.brokers()
 	return Lease{
 		Name: string(l.Name), Issuer: string(l.Issuer), Step: string(l.Step),
 		TTL: time.Duration(l.TTL), Scope: scope,
-		Env: stringMap(l.Env), Files: stringMap(l.Files),
-	}, err
+		Env: stringMap(l.Env), Files: stringMap(l.Files), Broker: brokers, Clear: texts(l.Clear),
+	}, strict.Join(err, berr)
 }
 
 // egress is the rule of the gateway, which copies its ID to every line that

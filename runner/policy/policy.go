@@ -74,6 +74,10 @@ type Lease struct {
 	Env map[string]string `json:"env,omitempty"`
 	// Files says which file below /run/mayfly/secrets gets which value or fact.
 	Files map[string]string `json:"files,omitempty"`
+	// Broker are the ways out on which the gateway adds values of the lease. Env
+	// and Files get placeholders of these values, but for those that Clear names.
+	Broker []Broker `json:"broker,omitempty"`
+	Clear  []string `json:"clear,omitempty"`
 }
 
 // PullStep stands in the place of a step for a lease that an image is pulled
@@ -165,6 +169,11 @@ func (r rule) grant(j providers.Job) (Plan, error) {
 	for i, e := range plan.Egress {
 		filled, err := fill(e.Rule, j)
 		plan.Egress[i].Rule = filled
+		errs = append(errs, err)
+	}
+	for i, l := range plan.Leases {
+		filled, err := fillBrokers(l, j)
+		plan.Leases[i] = filled
 		errs = append(errs, err)
 	}
 	if err := errors.Join(errs...); err != nil {

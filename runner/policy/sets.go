@@ -132,7 +132,7 @@ func (e egressNode) checkResolve() error {
 }
 
 // contradictions refuses two rules for one port of a name that a step could see
-// both of. Those that narrow requests add up.
+// both of. Those that narrow requests add up, and so do those with credentials.
 func contradictions(all []placed) error {
 	var errs []error
 	for i, p := range all {
@@ -142,7 +142,7 @@ func contradictions(all []placed) error {
 			if a.Name != b.Name || a.Port != b.Port || a.Name == "" || a.Port == 0 || p.Service != q.Service || !together {
 				continue
 			}
-			if a.Protocol == b.Protocol && slices.Equal(a.Resolve, b.Resolve) && a.CA == b.CA && len(a.Requests) > 0 && len(b.Requests) > 0 {
+			if a.Protocol == b.Protocol && slices.Equal(a.Resolve, b.Resolve) && a.CA == b.CA && (len(a.Requests) > 0 && len(b.Requests) > 0 || a.Inject != nil && b.Inject != nil) {
 				continue
 			}
 			what := fmt.Sprintf("%s port %d", a.Name, a.Port)

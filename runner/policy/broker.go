@@ -1,0 +1,154 @@
+package policy
+
+import (
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+
+	"github.com/mayfly-ci/mayfly/configs/strict"
+	"github.com/mayfly-ci/mayfly/providers"
+	"github.com/mayfly-ci/mayfly/sandbox/egress"
+)
+
+// A Broker is a way out on which the gateway adds a value of a lease, so that the
+// job needs no more of it than a placeholder. It is open while the lease is held.
+type Broker struct {
+	Rule  egress.Rule `json:"rule"`           // its Inject has everything but the credential
+	Value string      `json:"value"`          // of the lease
+	User  string      `json:"user,omitempty"` // the fact of the lease that is the user of Basic
+}
+
+// brokerNode is an entry of a lease's list.
+type brokerNode struct {
+	Self     strict.Node    `yaml:",self"`
+	Name     host           `yaml:"name,required"`
+	Port     port           `yaml:"port,required"`
+	As       place          `yaml:"as,required"`
+	Value    field          `yaml:"value,required"`
+	User     field          `yaml:"user"`
+	Header   string         `yaml:"header"`
+	Query    string         `yaml:"query"`
+	Foreign  foreign        `yaml:"foreign"`
+	Absent   absence        `yaml:"absent"`
+	Resolve  *[]prefix      `yaml:"resolve"`
+	Requests *[]requestNode `yaml:"requests"`
+	CA       certificates   `yaml:"ca"`
+	Purpose  purpose        `yaml:"purpose"`
+}
+
+type place egress.Place
+
+func (p *place) UnmarshalText(b []byte) error {
+	*p = place(b)
+	return oneWord(b, "place", string(egress.Bearer), string(egress.Basic), string(egress.Header), string(egress.Query))
+}
+
+// foreign is what becomes of a request with another credential.
+type foreign string
+
+func (f *foreign) UnmarshalText(b []byte) error {
+	*f = foreign(b)
+	return oneWord(b, "word for foreign credentials", "refuse", "strip")
+}
+
+// absence is what becomes of a request without a credential.
+type absence string
+
+func (a *absence) UnmarshalText(b []byte) error {
+	*a = absence(b)
+	return oneWord(b, "word for requests without a credential", "add", "pass")
+}
+
+func oneWord(b []byte, what string, known ...string) error {
+	if !slices.Contains(known, string(b)) {
+		return fmt.Errorf("unknown %s %q (known: %s)", what, b, strings.Join(known, ", "))
+	}
+	return nil
+}
+
+// broker is what the gateway gets, and what the policy says is where.
+func (n brokerNode) broker(l leaseNode) (Broker, placed, error) {
+	out := egressNode{
+		Self: n.Self, Name: n.Name, Port: n.Port, Protocol: protocol(egress.HTTPS),
+		Resolve: n.Resolve, Requests: n.Requests, CA: n.CA, Step: l.Step, Purpose: n.Purpose,
+	}
+	e, err := out.egress()
+	in := &egress.Injection{
+		Lease: string(l.Name), As: egress.Place(n.As), Name: n.Header + n.Query,
+		Strip: n.Foreign == "strip", Pass: n.Absent == "pass",
+	}
+	if in.As == egress.Header {
+		in.Name = http.CanonicalHeaderKey(in.Name)
+	}
+	e.Rule.Inject = in
+	errs := []error{err, out.checkHTTP(), out.checkResolve(), n.checkPlace()}
+	if strings.HasPrefix(string(n.Name), "*") {
+		errs = append(errs, n.Self.At("name").Errorf("a credential is for one name: what is below %s may be anybody's", n.Name[2:]))
+	}
+	if n.As != "" {
+		if err := in.Check(); err != nil {
+			errs = append(errs, n.Self.Errorf("%s", strings.ReplaceAll(err.Error(), "\n", "; ")))
+		}
+	}
+	return Broker{e.Rule, string(n.Value), string(n.User)}, placed{e, n.Self}, strict.Join(errs...)
+}
+
+func (n brokerNode) checkPlace() error {
+	var errs []error
+	for _, c := range []struct {
+		key   string
+		given bool
+		as    egress.Place
+	}{
+		{"header", n.Header != "", egress.Header}, {"query", n.Query != "", egress.Query}, {"user", n.User != "", egress.Basic},
+	} {
+		if c.given && egress.Place(n.As) != c.as {
+			errs = append(errs, n.Self.At(c.key).Errorf("%s is for as: %s", c.key, c.as))
+		}
+	}
+	return strict.Join(errs...)
+}
+
+// brokers are those of a lease, and what they open, for contradictions.
+func (l leaseNode) brokers() ([]Broker, []placed, error) {
+	var all []Broker
+	var out []placed
+	var errs []error
+	for _, n := range l.Broker {
+		b, p, err := n.broker(l)
+		all, out, errs = append(all, b), append(out, p), append(errs, err)
+	}
+	for _, f := range l.Clear {
+		if !slices.ContainsFunc(all, func(b Broker) bool { return b.Value == string(f) }) {
+			errs = append(errs, l.Self.At("clear").Errorf("%s is not brokered, so what names it has it in clear anyway: remove it", f))
+		}
+	}
+	return all, out, strict.Join(errs...)
+}
+
+// fillBrokers gives the paths of a lease's rules the job's own facts.
+func fillBrokers(l Lease, j providers.Job) (Lease, error) {
+	l.Broker = slices.Clone(l.Broker)
+	for i, b := range l.Broker {
+		r, err := fill(b.Rule, j)
+		if err != nil {
+			return l, err
+		}
+		l.Broker[i].Rule = r
+	}
+	return l, nil
+}
+
+// Warnings are what the policy says on purpose, and had better not.
+func (p *Policy) Warnings() []string {
+	var all []string
+	for _, r := range p.rules {
+		for _, l := range r.plan.Leases {
+			for _, f := range l.Clear {
+				all = append(all, fmt.Sprintf("%s: lease %s: %s is brokered, and the job gets it in clear all the same", r.plan.Rule, l.Name, f))
+			}
+		}
+	}
+	return all
+}
