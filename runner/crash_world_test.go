@@ -50,8 +50,11 @@ rules:
       - {name: key, issuer: pg, step: deploy, ttl: 1m, files: {key: password}}
 `
 
-// crashPull has an image below that, and what it is pulled with.
-const crashPull = `      - {name: registry, issuer: pg}
+// crashPull has leases below that whose values the gateway adds, an image, and
+// what it is pulled with.
+const crashPull = `      - {name: api, issuer: pg, env: {T: password}, broker: [{name: api.example, port: 443, as: bearer, value: password}]}
+      - {name: up, issuer: pg, step: deploy, broker: [{name: up.example, port: 443, as: basic, value: password}]}
+      - {name: registry, issuer: pg}
     image: registry.example/a/b:1
     pull: registry
 `
@@ -216,7 +219,7 @@ func (s *scene) config(state *runner.State) (runner.Config, error) {
 		cfg.Runtimes["native"] = s.overImages()
 	}
 	cfg.Issuers = map[string]creds.Issuer{"pg": fileIssuer(filepath.Join(s.Dir, "leases"))}
-	cfg.Gateway = noGateway{}
+	cfg.Gateway = noGateway{dir: filepath.Join(s.Dir, "leases")}
 	return cfg, nil
 }
 
@@ -332,9 +335,19 @@ func (dir fileIssuer) Probe(_ context.Context, name string, _ []byte) (creds.Pro
 func (fileIssuer) List(context.Context) ([]creds.Info, error) { return nil, errors.ErrUnsupported }
 
 // noGateway lets nothing through and holds nothing: gateways end with the agent.
-type noGateway struct{}
+//
+// Rules with a credential are opened and closed while their lease is there.
+type noGateway struct{ dir string }
 
-func (noGateway) Open(context.Context, string, egress.Opening) error   { return nil }
+func (g noGateway) Open(_ context.Context, name string, o egress.Opening) error {
+	if len(o.Rules.Allow) == 0 || o.Rules.Allow[0].Inject == nil {
+		return nil
+	}
+	_, err := os.Stat(filepath.Join(g.dir, strings.Replace(name, "-i-", "-l-", 1)))
+	return err
+}
+
+func (noGateway) Authority(string) ([]byte, error)                     { return []byte(authorityText), nil }
 func (noGateway) Attach(context.Context, string, egress.Sockets) error { return nil }
 func (noGateway) Probe(context.Context, string, uint16) error          { return nil }
 func (noGateway) Close(context.Context, string) error                  { return nil }

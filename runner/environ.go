@@ -97,10 +97,13 @@ func (s *steps) granted(step string) []policy.Lease {
 	return ls
 }
 
-// field is a value or fact of a held lease. This is where a secret leaves for
-// its user.
+// field is a value or fact of a held lease, or what stands in place of a value
+// that is brokered. This is where a secret leaves for its user.
 func (s *steps) field(l policy.Lease, name string) string {
 	lease := s.leases[l.Name]
+	if stand, ok := lease.stand[name]; ok && !slices.Contains(l.Clear, name) {
+		return stand
+	}
 	if v, ok := lease.Values[name]; ok {
 		return v.Reveal()
 	}
@@ -111,7 +114,7 @@ func (s *steps) field(l policy.Lease, name string) string {
 // that are files into the box.
 func (s *steps) issue(ctx context.Context, step string) error {
 	if s.leases == nil {
-		s.leases = map[string]creds.Lease{}
+		s.leases = map[string]holding{}
 	}
 	files := map[string]string{}
 	for _, l := range s.plan.Leases {
@@ -156,7 +159,11 @@ func (s *steps) issueOne(ctx context.Context, l policy.Lease) error {
 	if err != nil {
 		return err
 	}
-	s.leases[l.Name] = lease
+	stand, err := s.broker(ctx, l, lease)
+	if err != nil {
+		return err
+	}
+	s.leases[l.Name] = holding{lease, stand}
 	return nil
 }
 

@@ -154,7 +154,8 @@ func (l *life) ledger(line egress.Line) error {
 		"verdict", string(line.Verdict), "gateway", line.Gateway, "address", line.Address, "port", number(int64(line.Port)),
 		"protocol", string(line.Protocol), "rule", line.Rule, "dialled", line.Dialled,
 		"sent", number(line.Sent), "received", number(line.Received), "duration", line.Duration.String(),
-		"method", l.out.hide(line.Request.Method), "path", l.out.hide(line.Request.Path), "status", number(int64(line.Request.Status)))
+		"method", l.out.hide(line.Request.Method), "path", l.out.hide(line.Request.Path), "status", number(int64(line.Request.Status)),
+		"lease", line.Request.Lease)
 	if err != nil {
 		l.out.refusal(line, l.serviceOf(line.Gateway))
 	}

@@ -40,7 +40,7 @@ const (
 	kindGateway = "gateway"
 	kindBox     = "box"
 	kindLease   = "lease"
-	kindRules   = "rules" // egress rules of one step
+	kindRules   = "rules" // egress rules of one step, or of a lease
 )
 
 // live takes one offer through its life, from the claim to the report. It
@@ -190,7 +190,7 @@ func (l *life) debts(plan policy.Plan) []journal.Debt {
 	}
 	for _, lease := range plan.Leases {
 		if lease.Step == "" {
-			ds = append(ds, journal.Debt{Kind: kindLease, Name: leaseName(job, lease), By: lease.Issuer})
+			ds = append(ds, leaseDebts(job, lease)...)
 		}
 	}
 	for i, step := range l.job.Steps {
@@ -199,9 +199,18 @@ func (l *life) debts(plan policy.Plan) []journal.Debt {
 		}
 		for _, lease := range plan.Leases {
 			if lease.Step == step.ID {
-				ds = append(ds, journal.Debt{Kind: kindLease, Name: leaseName(job, lease), By: lease.Issuer, Scope: step.ID})
+				ds = append(ds, leaseDebts(job, lease)...)
 			}
 		}
+	}
+	return ds
+}
+
+// leaseDebts are a lease and, newer, the rules that have its credential.
+func leaseDebts(job string, l policy.Lease) []journal.Debt {
+	ds := []journal.Debt{{Kind: kindLease, Name: leaseName(job, l), By: l.Issuer, Scope: l.Step}}
+	if len(l.Broker) > 0 {
+		ds = append(ds, journal.Debt{Kind: kindRules, Name: brokerName(job, l), Scope: l.Step})
 	}
 	return ds
 }

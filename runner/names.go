@@ -41,12 +41,13 @@ func jobOf(name string) string {
 	return prefix + "-" + id
 }
 
-func gatewayName(job string) string               { return job + "-gw" }
-func boxName(job string) string                   { return job + "-box" }
-func leaseName(job string, l policy.Lease) string { return job + "-l-" + l.Name }
-func serviceBox(job string, i int) string         { return job + "-s" + strconv.Itoa(i) }
-func serviceGateway(job string, i int) string     { return serviceBox(job, i) + "-gw" }
-func rulesName(job string, step int) string       { return job + "-r" + strconv.Itoa(step) }
+func gatewayName(job string) string                { return job + "-gw" }
+func boxName(job string) string                    { return job + "-box" }
+func leaseName(job string, l policy.Lease) string  { return job + "-l-" + l.Name }
+func serviceBox(job string, i int) string          { return job + "-s" + strconv.Itoa(i) }
+func serviceGateway(job string, i int) string      { return serviceBox(job, i) + "-gw" }
+func rulesName(job string, step int) string        { return job + "-r" + strconv.Itoa(step) }
+func brokerName(job string, l policy.Lease) string { return job + "-i-" + l.Name }
 
 // stepRules are the egress rules of one step, or of the whole job for "".
 func stepRules(plan policy.Plan, step string) []egress.Rule {

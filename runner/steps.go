@@ -10,7 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/providers"
 	"github.com/mayfly-ci/mayfly/providers/workflow"
 	"github.com/mayfly-ci/mayfly/runner/policy"
@@ -32,11 +31,11 @@ type steps struct {
 	plan     policy.Plan
 	deadline time.Time
 
-	leases    map[string]creds.Lease // held now, by name
-	env       map[string]string      // the job's own, and what steps wrote to GITHUB_ENV
-	path      []string               // what steps wrote to GITHUB_PATH, last first
-	blank     map[string]bool        // command files that the last step left empty
-	event     bool                   // the event is in the box
+	leases    map[string]holding // now, by name
+	env       map[string]string  // the job's own, and what steps wrote to GITHUB_ENV
+	path      []string           // what steps wrote to GITHUB_PATH, last first
+	blank     map[string]bool    // command files that the last step left empty
+	event     bool               // the event is in the box
 	heard     heard
 	debug     bool      // the job asked for debug messages
 	root      *frame    // of the job itself

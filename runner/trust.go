@@ -68,9 +68,9 @@ func terminated(rules []egress.Rule) []string {
 
 // terminates are those of the job and of the steps that it has.
 func (l *life) terminates(plan policy.Plan) []string {
-	rules := stepRules(plan, "")
+	rules := append(stepRules(plan, ""), brokered(plan, "")...)
 	for _, s := range l.job.Steps {
-		rules = append(rules, stepRules(plan, s.ID)...)
+		rules = append(append(rules, stepRules(plan, s.ID)...), brokered(plan, s.ID)...)
 	}
 	return terminated(rules)
 }

@@ -1,0 +1,170 @@
+package runner
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"math/big"
+	"slices"
+	"strings"
+
+	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/runner/policy"
+	"github.com/mayfly-ci/mayfly/sandbox/egress"
+)
+
+// Credentials that the job does not hold. The gateway adds them to the requests
+// that the lease's rules allow, and the job has placeholders in their place. The
+// rules are opened when the lease is issued, are owed behind it, and so are
+// closed before it is revoked.
+
+// brokered are the rules of all leases of one step, or of the whole job for "",
+// for the names in them: there is no credential yet.
+func brokered(plan policy.Plan, step string) []egress.Rule {
+	var rules []egress.Rule
+	for _, l := range plan.Leases {
+		for _, b := range l.Broker {
+			if l.Step == step {
+				rules = append(rules, b.Rule)
+			}
+		}
+	}
+	return rules
+}
+
+// A holding is a lease, and what the job has in place of some of its values.
+type holding struct {
+	creds.Lease
+	stand map[string]string // by the name of the value
+}
+
+// broker opens the rules of a lease that was just issued, and returns the
+// placeholders that they replace.
+func (s *steps) broker(ctx context.Context, l policy.Lease, lease creds.Lease) (map[string]string, error) {
+	if len(l.Broker) == 0 {
+		return nil, nil
+	}
+	stand, err := placeholders(l, lease)
+	if err != nil {
+		return nil, err
+	}
+	var rules []egress.Rule
+	for _, b := range l.Broker {
+		in := *b.Rule.Inject
+		in.Value, in.Placeholder, in.User = lease.Values[b.Value], stand[b.Value], lease.Facts[b.User]
+		b.Rule.Inject = &in
+		rules = append(rules, b.Rule)
+	}
+	name := brokerName(s.log.Job, l)
+	_, err = hold(ctx, s.life, name, func(ctx context.Context) (none, grip, error) {
+		o := egress.Opening{Rules: egress.Rules{Allow: rules}, Ledger: s.ledger, Parent: gatewayName(s.log.Job)}
+		return none{}, grip{}, s.cfg.Gateway.Open(ctx, name, o)
+	})
+	return stand, err
+}
+
+// placeholders makes one for each value that the lease's rules add. It refuses a
+// lease that would give the job such a value in another of its fields.
+func placeholders(l policy.Lease, lease creds.Lease) (map[string]string, error) {
+	stand := map[string]string{}
+	for _, b := range l.Broker {
+		value, ok := lease.Values[b.Value]
+		if !ok {
+			return nil, fmt.Errorf("lease %s: %s wants the value %q to be brokered, which issuer %s does not give", l.Name, b.Rule.ID, b.Value, l.Issuer)
+		}
+		if _, ok := lease.Facts[b.User]; b.User != "" && !ok {
+			return nil, fmt.Errorf("lease %s: %s wants the fact %q for a user, which issuer %s does not give", l.Name, b.Rule.ID, b.User, l.Issuer)
+		}
+		if stand[b.Value] == "" {
+			stand[b.Value] = placeholder(value)
+		}
+	}
+	var errs []error
+	for _, wants := range []map[string]string{l.Env, l.Files} {
+		for to, field := range wants {
+			if _, ok := stand[field]; ok || slices.Contains(l.Clear, field) {
+				continue
+			}
+			for name := range stand {
+				if contains(lease, field, name) && !slices.Contains(l.Clear, name) {
+					errs = append(errs, fmt.Errorf("lease %s: %s wants %q, which has the brokered value %q in it", l.Name, to, field, name))
+				}
+			}
+		}
+	}
+	return stand, errors.Join(errs...)
+}
+
+// contains reports that a field has a value in it.
+func contains(lease creds.Lease, field, value string) bool {
+	text := lease.Facts[field]
+	if v, ok := lease.Values[field]; ok {
+		text = v.Reveal()
+	}
+	return strings.Contains(text, lease.Values[value].Reveal())
+}
+
+// prefixes are how services mark what they issue, which programs look at.
+func prefixes() []string {
+	return []string{
+		"ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-", "gldt-", "glrt-", "glcbt-", "AKIA", "ASIA",
+		"npm_", "pypi-", "hvs.", "hvb.", "s.", "dop_v1_", "xoxb-", "sk-", "eyJ", "dckr_pat_", "rubygems_",
+	}
+}
+
+// placeholder is worthless, and looks like the secret: the prefix that programs
+// know it by, the length, and of each character the kind. It is longer if there
+// were less than egress.MinPlaceholder characters to choose.
+func placeholder(secret creds.Secret) string {
+	value := secret.Reveal()
+	keep := ""
+	for _, p := range prefixes() {
+		if strings.HasPrefix(value, p) && len(p) > len(keep) {
+			keep = p
+		}
+	}
+	rest := value[len(keep):]
+	const digits, lower, upper = "0123456789", "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+	small, large := lower, upper
+	if strings.Trim(rest, digits+"abcdef-") == "" {
+		small = "abcdef" // hexadecimal, or a UUID
+	}
+	if strings.Trim(rest, digits+"ABCDEF-") == "" {
+		large = "ABCDEF"
+	}
+	var b strings.Builder
+	b.WriteString(keep)
+	chosen := 0
+	for i := range len(rest) {
+		c := rest[i]
+		from := ""
+		for _, set := range []string{digits, lower, upper} {
+			if strings.IndexByte(set, c) >= 0 {
+				from = map[string]string{digits: digits, lower: small, upper: large}[set]
+			}
+		}
+		switch {
+		case from != "":
+			b.WriteByte(anyOf(from))
+			chosen++
+		case c > ' ' && c < 0x7f:
+			b.WriteByte(c)
+		default:
+			b.WriteByte('_') // no header carries it
+		}
+	}
+	for ; chosen < egress.MinPlaceholder; chosen++ {
+		b.WriteByte(anyOf(digits + small))
+	}
+	return b.String()
+}
+
+// anyOf is a character of the set, any as likely as the other.
+func anyOf(set string) byte {
+	n, err := rand.Int(rand.Reader, big.NewInt(int64(len(set))))
+	if err != nil {
+		return set[0] // never (crypto/rand, Go 1.24); the gateway would refuse the value itself
+	}
+	return set[n.Int64()]
+}
