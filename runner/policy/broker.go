@@ -3,6 +3,7 @@ package policy
 import (
 	"fmt"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -40,8 +41,11 @@ type brokerNode struct {
 type place egress.Place
 
 func (p *place) UnmarshalText(b []byte) error {
-	*p = place(b)
-	return oneWord(b, "place", string(egress.Bearer), string(egress.Basic), string(egress.Header), string(egress.Query))
+	err := oneWord(b, "place", string(egress.Bearer), string(egress.Basic), string(egress.Header), string(egress.Query))
+	if err == nil {
+		*p = place(b)
+	}
+	return err
 }
 
 // foreign is what becomes of a request with another credential.
@@ -82,11 +86,16 @@ func (n brokerNode) broker(l leaseNode) (Broker, placed, error) {
 		in.Name = http.CanonicalHeaderKey(in.Name)
 	}
 	e.Rule.Inject = in
-	errs := []error{err, out.checkHTTP(), out.checkResolve(), n.checkPlace()}
+	errs := []error{err, out.checkHTTP(), n.checkPlace()}
+	if _, aerr := netip.ParseAddr(string(n.Name)); aerr == nil {
+		errs = append(errs, n.Self.At("name").Errorf("a credential is for a name: the certificate is verified for it; name the host and add resolve: [%s]", n.Name))
+	} else {
+		errs = append(errs, out.checkResolve())
+	}
 	if strings.HasPrefix(string(n.Name), "*") {
 		errs = append(errs, n.Self.At("name").Errorf("a credential is for one name: what is below %s may be anybody's", n.Name[2:]))
 	}
-	if n.As != "" {
+	if n.As != "" && errs[1] == nil && errs[2] == nil {
 		if err := in.Check(); err != nil {
 			errs = append(errs, n.Self.Errorf("%s", strings.ReplaceAll(err.Error(), "\n", "; ")))
 		}
