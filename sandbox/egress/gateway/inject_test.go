@@ -136,7 +136,6 @@ func TestInjection(t *testing.T) {
 			r.URL.RawQuery, r.Header.Get("Cookie"), r.Header.Get("Range"))))
 	})
 	for _, tt := range injections() {
-
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			s := newSecured(t, true, handler)
