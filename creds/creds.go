@@ -40,6 +40,7 @@ type Subject struct {
 	SHA        string `json:"sha,omitempty"`
 	Workflow   string `json:"workflow,omitempty"`
 	Event      string `json:"event,omitempty"`
+	Trust      string `json:"trust,omitempty"` // tier, as the policy saw it
 	Job        string `json:"job"`
 	Step       string `json:"step,omitempty"` // set if the lease is bound to one step
 }

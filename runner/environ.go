@@ -140,7 +140,7 @@ func (s *steps) issueOne(ctx context.Context, l policy.Lease) error {
 		return fmt.Errorf("lease %s: issuer %q is not configured", l.Name, l.Issuer)
 	}
 	subject := s.job.Subject
-	subject.Step = l.Step
+	subject.Step, subject.Trust = l.Step, string(s.job.Trust)
 	grant := creds.Grant{Subject: subject, Scope: l.Scope, Expires: earlier(time.Now().Add(l.TTL), s.deadline)}
 	name := leaseName(s.log.Job, l)
 	if err := s.audit(ctx, s.log.Job, "lease.request", name, nil, "issuer", l.Issuer, "step", l.Step,

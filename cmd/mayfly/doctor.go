@@ -129,6 +129,7 @@ func (w *wiring) examine() []finding {
 	for _, name := range slices.Sorted(maps.Keys(w.agent.Providers)) {
 		fs = append(fs, examineProvider(ctx, name, w.agent.Providers[name]))
 	}
+	fs = append(fs, w.examineIdentity()...)
 	fs = append(fs, finding{"policy", w.policyFile, stateOK, w.agent.Policy.Digest()})
 	return slices.Concat(fs, examineGateway(), w.examineState(), w.examineSlots(), w.examineWarm(), w.examineMonitor(), w.examineGit(ctx))
 }

@@ -85,11 +85,16 @@ func (w *wiring) serve(agent *runner.Agent, record *monitor.Record) error {
 	if err != nil {
 		return err
 	}
-	w.closers = append(w.closers, monitor.Serve(l, monitor.Handler(monitor.Config{
+	pages := http.NewServeMux()
+	pages.Handle("/", monitor.Handler(monitor.Config{
 		Status: agent.Status, Record: record, Version: version,
 		Debts: func() error { _, err := w.state.Jobs(); return err },
 		Dirs:  map[string]string{"journal": filepath.Join(w.state.Dir, "jobs"), "audit": w.auditDir()},
-	})))
+	}))
+	if w.identity != nil {
+		pages.Handle("/.well-known/", w.identity)
+	}
+	w.closers = append(w.closers, monitor.Serve(l, pages))
 	w.agent.Log.Info().Str("network", m.Network).Str("address", m.Address).Msg("monitor")
 	return nil
 }

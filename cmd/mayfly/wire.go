@@ -15,7 +15,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/configs"
 	"github.com/mayfly-ci/mayfly/creds"
-	"github.com/mayfly-ci/mayfly/creds/postgres"
+	"github.com/mayfly-ci/mayfly/creds/oidc"
 	"github.com/mayfly-ci/mayfly/providers"
 	"github.com/mayfly-ci/mayfly/providers/gitea"
 	"github.com/mayfly-ci/mayfly/providers/local"
@@ -32,7 +32,7 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox/wall"
 )
 
-// This is the only file that knows every implementation.
+// This file and issuers.go are the only ones that know every implementation.
 
 // A wiring is an agent's configuration with everything that it names made.
 type wiring struct {
@@ -40,6 +40,7 @@ type wiring struct {
 	weak       bool // an ordinary user's boxes do, where the configuration does not say
 	policyFile string
 	agent      runner.Config
+	identity   *oidc.Issuer // nil if the configuration has none
 	state      *runner.State
 	closers    []func() error
 }
@@ -160,28 +161,6 @@ func runtimeConfig(section configs.Section, weak bool) (any, error) {
 		return containerdConfig(section)
 	}
 	return nil, section.Errorf("type", "runtime %q: this agent has native, docker and containerd", section.Type)
-}
-
-func (w *wiring) issuers() error {
-	w.agent.Issuers = map[string]creds.Issuer{}
-	for name, section := range w.config.Issuers {
-		if section.Type != "postgres" {
-			return exitError{exitUsage, section.Errorf("type", "issuer %q: this agent has postgres", section.Type)}
-		}
-		var own postgres.Config
-		if err := section.Decode(&own); err != nil {
-			return exitError{exitUsage, err}
-		}
-		own.PasswordFile, own.RootCA = section.Path(own.PasswordFile), section.Path(own.RootCA)
-		own.Owner = w.state.Owner
-		issuer, err := postgres.New(own)
-		if err != nil {
-			return exitError{exitUsage, section.Errorf("", "%w", err)}
-		}
-		w.agent.Issuers[name] = issuer
-		w.closers = append(w.closers, func() error { issuer.Close(); return nil })
-	}
-	return nil
 }
 
 func (w *wiring) gateway() error {

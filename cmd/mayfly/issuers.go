@@ -1,0 +1,194 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/mayfly-ci/mayfly/configs"
+	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/creds/oidc"
+	"github.com/mayfly-ci/mayfly/creds/postgres"
+	"github.com/mayfly-ci/mayfly/creds/vault"
+)
+
+const typeOIDC = "oidc"
+
+// issuers makes those that mint leases, and before them the identity that they
+// may log in with.
+func (w *wiring) issuers() error {
+	w.agent.Issuers = map[string]creds.Issuer{}
+	for name, section := range w.config.Issuers {
+		if section.Type != typeOIDC {
+			continue
+		}
+		if w.identity != nil {
+			return exitError{exitUsage, section.Errorf("type", "issuer %q: there is another one of type oidc; an agent has one identity", name)}
+		}
+		identity, err := w.identityOf(name, section)
+		if err != nil {
+			return exitError{exitUsage, err}
+		}
+		w.identity = identity
+	}
+	for name, section := range w.config.Issuers {
+		if section.Type == typeOIDC {
+			continue
+		}
+		issuer, err := w.issuer(section)
+		if err != nil {
+			return exitError{exitUsage, err}
+		}
+		w.agent.Issuers[name] = issuer
+		w.closers = append(w.closers, func() error { issuer.Close(); return nil })
+	}
+	return nil
+}
+
+// A closingIssuer keeps connections.
+type closingIssuer interface {
+	creds.Issuer
+	Close()
+}
+
+func (w *wiring) issuer(section configs.Section) (issuer closingIssuer, err error) {
+	switch section.Type {
+	case "postgres":
+		var own postgres.Config
+		if err := section.Decode(&own); err != nil {
+			return nil, err
+		}
+		own.PasswordFile, own.RootCA = section.Path(own.PasswordFile), section.Path(own.RootCA)
+		own.Owner = w.state.Owner
+		issuer, err = postgres.New(own)
+	case "vault":
+		issuer, err = w.vault(section)
+	default:
+		return nil, section.Errorf("type", "issuer %q: this agent has postgres and vault, and oidc for its identity", section.Type)
+	}
+	if err != nil {
+		return nil, section.Errorf("", "%w", err)
+	}
+	return issuer, nil
+}
+
+// vault logs in with the agent's identity.
+func (w *wiring) vault(section configs.Section) (*vault.Issuer, error) {
+	var own struct {
+		Address    string `yaml:"address,required"`
+		JobAddress string `yaml:"job_address"`
+		Namespace  string `yaml:"namespace"`
+		CAFile     string `yaml:"ca_file"`
+		Insecure   bool   `yaml:"insecure"`
+		Mount      string `yaml:"mount"`
+		Role       string `yaml:"role"`
+		AgentRole  string `yaml:"agent_role"`
+		Audience   string `yaml:"audience"`
+	}
+	if err := section.Decode(&own); err != nil {
+		return nil, err
+	}
+	if w.identity == nil {
+		return nil, errors.New("no identity to log in with: the configuration needs an issuer of type oidc too")
+	}
+	audience := own.Audience
+	if audience == "" {
+		audience = own.Address
+	}
+	return vault.New(vault.Config{
+		Address: own.Address, JobAddress: own.JobAddress, Namespace: own.Namespace, CAFile: section.Path(own.CAFile), Insecure: own.Insecure,
+		Mount: own.Mount, Role: own.Role, AgentRole: own.AgentRole, Owner: w.state.Owner,
+		Sign: func(_ context.Context, s creds.Subject, lease string) (vault.Identity, error) {
+			t, err := w.identity.Mint(s, audience, map[string]string{"lease": lease})
+			return vault.Identity{Token: t.Value, ID: t.ID}, err
+		},
+	})
+}
+
+func (w *wiring) identityOf(name string, section configs.Section) (*oidc.Issuer, error) {
+	var own struct {
+		URL       string        `yaml:"url,required"`
+		Algorithm string        `yaml:"algorithm"`
+		Lifetime  time.Duration `yaml:"lifetime"`
+		Rotate    time.Duration `yaml:"rotate"`
+		Subject   string        `yaml:"subject"`
+	}
+	if err := section.Decode(&own); err != nil {
+		return nil, err
+	}
+	identity, err := oidc.New(oidc.Config{
+		URL: own.URL, Algorithm: own.Algorithm, Lifetime: own.Lifetime, Rotate: own.Rotate, Subject: own.Subject,
+		Owner: w.state.Owner, Store: w.state.Safe("issuer-" + name),
+	})
+	if err != nil {
+		return nil, section.Errorf("", "%w", err)
+	}
+	return identity, nil
+}
+
+// runOIDC writes what providers verify the agent's identity with, for any web
+// server.
+func runOIDC(c *call) error {
+	o, err := c.flags("oidc", 2, nil)
+	if err != nil {
+		return err
+	}
+	if len(o.args) != 2 || o.args[0] != "export" {
+		return usageError(`want "mayfly oidc export DIR"`)
+	}
+	w, err := wireBeside(o.config, c.stderr)
+	if err != nil {
+		return err
+	}
+	defer w.close()
+	if w.identity == nil {
+		return usageError("%s has no issuer of type oidc", o.config)
+	}
+	documents, err := w.identity.Documents()
+	if err != nil {
+		return err
+	}
+	for path, b := range documents {
+		if err := export(filepath.Join(o.args[1], path), b); err != nil {
+			return err
+		}
+	}
+	next, err := w.identity.NextKey()
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(c.stdout, "written; the next key signs from %s: export again then, within its time (rotate)\n", next.UTC().Format(time.DateOnly))
+	return err
+}
+
+// export replaces a file that a web server may be reading.
+func export(path string, b []byte) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-*")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err := errors.Join(err, f.Chmod(0o644), f.Close()); err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
+	return os.Rename(f.Name(), path)
+}
+
+// examineIdentity looks at the keys, and makes the first.
+func (w *wiring) examineIdentity() []finding {
+	if w.identity == nil {
+		return nil
+	}
+	f := finding{"identity", "keys", stateOK, ""}
+	next, err := w.identity.NextKey()
+	if f.Detail = "the next one signs from " + next.UTC().Format(time.DateOnly) + " and is published"; err != nil {
+		f.State, f.Detail = stateMissing, err.Error()
+	}
+	return []finding{f}
+}
