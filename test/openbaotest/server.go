@@ -69,6 +69,27 @@ func Start(tb testing.TB) *Server {
 	return s
 }
 
+// At is a server that somebody else started, for Do.
+func At(address, caFile, token string) (*Server, error) {
+	pem, err := os.ReadFile(caFile)
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{address: address, root: token}
+	s.trust(pem)
+	return s, nil
+}
+
+// trust makes the client of a server with that certificate.
+func (s *Server) trust(cert []byte) {
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(cert)
+	s.client = &http.Client{
+		Timeout:   30 * time.Second,
+		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}},
+	}
+}
+
 // Address is the URL of the server.
 func (s *Server) Address() string { return s.address }
 
@@ -130,12 +151,8 @@ func (s *Server) certificate() error {
 	if err != nil {
 		return err
 	}
-	pool, cert := x509.NewCertPool(), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-	pool.AppendCertsFromPEM(cert)
-	s.client = &http.Client{
-		Timeout:   30 * time.Second,
-		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}},
-	}
+	cert := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	s.trust(cert)
 	return errors.Join(
 		os.WriteFile(s.CAFile(), cert, 0o600),
 		os.WriteFile(filepath.Join(s.dir, "key.pem"), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private}), 0o600))
