@@ -80,15 +80,6 @@ type answer struct {
 	Errors []string `json:"errors"`
 }
 
-// text is a field of the data that is a string.
-func (a answer) text(field string) string {
-	var s string
-	if json.Unmarshal(a.Data[field], &s) != nil {
-		return ""
-	}
-	return s
-}
-
 // A call is one request.
 type call struct {
 	method, path, token string
