@@ -61,6 +61,12 @@ func (i *Issuer) Issue(ctx context.Context, name string, g creds.Grant) (creds.L
 		}
 	}
 	lease := creds.Lease{}
+	if errors.Is(err, creds.ErrBadScope) && m.handle.Login != "" {
+		// That word promises that nothing was issued.
+		if undo := i.end(ctx, m.handle); undo != nil {
+			err = fmt.Errorf("%v, and cannot be taken back yet: %w", err, undo)
+		}
+	}
 	if m.handle.Login != "" {
 		h, bad := json.Marshal(m.handle)
 		lease.Handle, err = h, errors.Join(err, bad)

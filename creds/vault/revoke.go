@@ -146,11 +146,14 @@ func (i *Issuer) owned(ctx context.Context, token string) ([]owned, error) {
 			method: http.MethodPost, path: "auth/token/lookup-accessor", token: token,
 			body: map[string]string{"accessor": accessor},
 		})
-		if err != nil && !refused(err, http.StatusForbidden) {
-			return nil, err
+		if unknownAccessor(err) {
+			continue // it ended meanwhile
 		}
-		if refused(err, http.StatusForbidden) && !strings.Contains(err.Error(), "invalid accessor") {
+		if refused(err, http.StatusForbidden) {
 			return nil, fmt.Errorf("%w: role %s may not update auth/token/lookup-accessor: %w", errors.ErrUnsupported, i.config.AgentRole, err)
+		}
+		if err != nil {
+			return nil, err
 		}
 		var meta map[string]string
 		_ = json.Unmarshal(a.Data["meta"], &meta) // a token without any is nobody's
@@ -161,6 +164,10 @@ func (i *Issuer) owned(ctx context.Context, token string) ([]owned, error) {
 		found = append(found, owned{accessor, creds.Info{Name: meta[metaName], Owner: meta[metaOwner], ExpiresAt: expires}})
 	}
 	return found, nil
+}
+
+func unknownAccessor(err error) bool {
+	return refused(err, http.StatusNotFound) || err != nil && strings.Contains(err.Error(), "invalid accessor")
 }
 
 // List implements creds.Issuer. It looks at every token of the server, which is
@@ -196,7 +203,7 @@ func (i *Issuer) revokeByName(ctx context.Context, name string) error {
 				method: http.MethodPost, path: "auth/token/revoke-accessor", token: token,
 				body: map[string]string{"accessor": o.accessor},
 			})
-			if end != nil && !strings.Contains(end.Error(), "invalid accessor") {
+			if end != nil && !unknownAccessor(end) {
 				err = errors.Join(err, end)
 			}
 		}

@@ -106,8 +106,8 @@ func testValues(t *testing.T, w *world) {
 	if got := l.Values["password"].Reveal(); got != "kv-secret-value" {
 		t.Errorf("password: got %q", got)
 	}
-	if got := l.Values["n"].Reveal(); got != "7" {
-		t.Errorf("a number: got %q, want 7", got)
+	if got := l.Values["n"].Reveal(); got != "7654321987" {
+		t.Errorf("a number: got %q, want it in digits", got)
 	}
 	for _, fact := range []string{"vault_addr", "accessor", "path", "jti"} {
 		if l.Facts[fact] == "" {

@@ -100,7 +100,7 @@ func (w *world) role(name, more string) {
 func (w *world) put() {
 	w.t.Helper()
 	eventually(w.t, "the key-value engine is ready", func() bool {
-		return w.Do(w.t.Context(), "POST", "secret/data/app", json.RawMessage(`{"data": {"password": "kv-secret-value", "n": 7}}`), nil) == nil
+		return w.Do(w.t.Context(), "POST", "secret/data/app", json.RawMessage(`{"data": {"password": "kv-secret-value", "n": 7654321987}}`), nil) == nil
 	})
 }
 
