@@ -71,7 +71,6 @@ func newWorld(t testing.TB) *world {
 	w.do("POST", "sys/auth/jwt", `{"type": "jwt"}`)
 	w.do("POST", "auth/jwt/config", `{"oidc_discovery_url": %q, "bound_issuer": %q}`, documents.URL, documents.URL)
 	w.do("PUT", "sys/policies/acl/job", `{"policy": %s}`, strconv.Quote(jobPolicy))
-	w.do("PUT", "sys/policies/acl/other", `{"policy": ""}`)
 	w.do("PUT", "sys/policies/acl/agent", `{"policy": %s}`, strconv.Quote(agentPolicy))
 	w.role("job", `"bound_claims": {"provider": "local"}, "token_policies": ["job"], "token_ttl": "1h"`)
 	w.role("short", `"bound_claims": {"provider": "local"}, "token_policies": ["job"], "token_ttl": "2m"`)
