@@ -31,6 +31,9 @@ func Load(path string) (*Key, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		raw, err = create(path)
 	}
+	if errors.Is(err, fs.ErrExist) { // somebody beside us was first
+		raw, err = os.ReadFile(path)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("seal key: %w", err)
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -66,5 +67,36 @@ func TestRefusesAKeyThatOthersCanRead(t *testing.T) {
 	}
 	if _, err := Load(short); err == nil {
 		t.Error("a truncated key: got nil, want an error")
+	}
+}
+
+// An agent that makes its state, and a command that looks at it meanwhile, have
+// one key.
+func TestLoadAtOnce(t *testing.T) {
+	t.Parallel()
+	for range 20 {
+		path := filepath.Join(t.TempDir(), "seal.key")
+		sealed := make([][]byte, 8)
+		var wg sync.WaitGroup
+		for i := range sealed {
+			wg.Go(func() {
+				key, err := Load(path)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				sealed[i] = key.Seal("x", []byte("handle"))
+			})
+		}
+		wg.Wait()
+		key, err := Load(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, b := range sealed {
+			if got, err := key.Open("x", b); string(got) != "handle" {
+				t.Errorf("got %q and %v", got, err)
+			}
+		}
 	}
 }
