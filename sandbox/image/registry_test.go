@@ -60,6 +60,7 @@ func newLiar(t *testing.T, img v1.Image) *liar {
 func (l *liar) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	l.mu.Lock()
 	l.auth = append(l.auth, r.Header.Get("Authorization"))
+	lie := l.lie
 	l.mu.Unlock()
 	if l.deny != nil && l.deny(w, r) || r.URL.Path == "/v2/" {
 		return
@@ -69,13 +70,20 @@ func (l *liar) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.NotFound(w, r)
 		return
 	}
-	if l.lie != nil {
-		s = l.lie(r.URL.Path, s)
+	if lie != nil {
+		s = lie(r.URL.Path, s)
 	}
 	if s.kind != "" {
 		w.Header().Set("Content-Type", s.kind)
 	}
 	_, _ = w.Write(s.body)
+}
+
+// lies changes what is answered from now on.
+func (l *liar) lies(lie func(path string, s served) served) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lie = lie
 }
 
 func (l *liar) host() string { return strings.TrimPrefix(l.URL, "http://") }
@@ -156,11 +164,11 @@ func TestRegistryThatLies(t *testing.T) {
 	} {
 		l := newLiar(t, img)
 		s := open(t, func(cfg *Config) { cfg.From = []string{l.host() + "/**"} })
-		l.lie = c.lie
+		l.lies(c.lie)
 		_, err := s.get(t, l.host()+"/app"+c.name)
 		refused(t, c.what, err, c.reason)
 		s.cleanOfRecords(t, c.what)
-		l.lie = nil
+		l.lies(nil)
 		if got, err := s.get(t, l.host()+"/app"+c.name); err != nil || got.Digest != digest {
 			t.Errorf("%s: without the lie: got %+v, %v, want %s", c.what, got, err, digest)
 		}

@@ -60,9 +60,18 @@ func (s *Server) fail(w http.ResponseWriter, r *http.Request, f Fault, answer []
 		// The beginning is as it should be, and then it does not end.
 		half := answer[:len(answer)/2]
 		_, _ = w.Write(half)
-		if _, err := w.Write(bytes.Repeat([]byte("A"), 32<<20)); err == nil {
+		// The kernels of both ends may take more than 32 MB that nobody reads
+		// (tcp(7), tcp_rmem).
+		chunk := bytes.Repeat([]byte("A"), 32<<20)
+		var err error
+		for range 4 {
+			if _, err = w.Write(chunk); err != nil {
+				break
+			}
+		}
+		if err == nil {
 			s.mu.Lock()
-			s.violation("an answer of 32 MB was read to its end")
+			s.violation("an answer of 128 MB was read to its end")
 			s.mu.Unlock()
 		}
 	case f.Cut:
