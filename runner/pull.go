@@ -39,7 +39,8 @@ func (l *life) pull(ctx context.Context, runtime, what string, p sandbox.Pull) (
 		return sandbox.Image{}, fmt.Errorf("image %s: boxes of runtime %q are made of no image: %w", p.Image, runtime, sandbox.ErrUnsupported)
 	}
 	img, err := puller.Pull(ctx, p)
-	if err == nil && p.Image == "" {
+	base := p.Image == ""
+	if err == nil && base {
 		if img.Ref == "" {
 			return img, nil
 		}
@@ -50,6 +51,9 @@ func (l *life) pull(ctx context.Context, runtime, what string, p sandbox.Pull) (
 		"for", what, "digest", img.Digest, "bytes", number(img.Size), "runtime", runtime))
 	if err != nil {
 		return sandbox.Image{}, err
+	}
+	if base { // nobody asked for it: the job's log is the job's
+		return img, nil
 	}
 	l.out.notice(0, "image "+p.Image+" of "+what+" is "+img.Digest)
 	return img, nil
