@@ -19,6 +19,7 @@ import (
 	"github.com/mayfly-ci/mayfly/runner"
 	"github.com/mayfly-ci/mayfly/runner/internal/failpoint"
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/egress/gateway"
 	"github.com/mayfly-ci/mayfly/test/giteatest"
 )
 
@@ -55,8 +56,8 @@ func (s *scene) realServer(cfg *runner.Config, state *runner.State) error {
 	cfg.Providers = map[string]providers.Provider{"gitea": provider}
 	cfg.Runtimes = map[string]sandbox.Runtime{"native": box}
 	cfg.Issuers = map[string]creds.Issuer{"pg": fileIssuer(filepath.Join(s.Dir, "leases"))}
-	cfg.Gateway = noGateway{}
-	return nil
+	cfg.Gateway, err = gateway.New(gateway.Config{}) // a box is looked at through one
+	return err
 }
 
 func (s *scene) serverRuntime(owner string) (sandbox.Runtime, error) {
