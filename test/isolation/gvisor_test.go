@@ -11,10 +11,12 @@ import (
 	"github.com/mayfly-ci/mayfly/test/servertest"
 )
 
-// TestGVisor makes all attacks once more, on boxes with a kernel of their own.
-// Three are judged by tests of the native runtime instead, because there the box
-// is what ends: of a fork bomb, of memory, and of a job that kills process 1,
-// which gVisor allows. Its threads are none of the host's.
+// TestGVisor makes the attacks once more, on boxes with a kernel of their own.
+// Four of them want that a process dies and its box lives on, where under gVisor
+// the box is what ends. They are judged for what holds there: a fork bomb and a
+// job that kills process 1 by TestGVisorSuicide of the native runtime, memory by
+// its TestGVisorMemory, and threads by the clause of sandboxtest, which counts
+// those of the host.
 func TestGVisor(t *testing.T) {
 	if wall != sandbox.Kernel {
 		return // we are those attacks
