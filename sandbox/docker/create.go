@@ -68,17 +68,8 @@ func (r *Runtime) create(ctx context.Context, name string, s sandbox.Spec) (*eng
 		return nil, err
 	}
 	defer release()
-	if s.Limits, err = kernel.Limits(s.Limits, r.cfg.Limits); err != nil {
+	if s, err = engine.Complete(s, r.cfg.Limits, r.cfg.Image); err != nil {
 		return nil, err
-	}
-	if s.Isolation != sandbox.Kernel {
-		return nil, fmt.Errorf("isolation %q: %w", s.Isolation, sandbox.ErrUnsupported)
-	}
-	if err := kernel.CheckMounts(s.Mounts); err != nil {
-		return nil, err
-	}
-	if s.Image == "" {
-		s.Image = r.cfg.Image
 	}
 	template, err := r.state.Template(ctx, s.Limits)
 	if err != nil {

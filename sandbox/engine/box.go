@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -34,6 +35,20 @@ type Box struct {
 }
 
 var _ sandbox.Sandbox = (*Box)(nil)
+
+// Complete is the spec with what the runtime has where it says nothing. It
+// refuses what no box of an engine can be.
+func Complete(s sandbox.Spec, defaults sandbox.Limits, image string) (sandbox.Spec, error) {
+	var err error
+	if s.Limits, err = kernel.Limits(s.Limits, defaults); err != nil {
+		return s, err
+	}
+	if s.Isolation != sandbox.Kernel {
+		return s, fmt.Errorf("isolation %q: %w", s.Isolation, sandbox.ErrUnsupported)
+	}
+	s.Image = cmp.Or(s.Image, image)
+	return s, kernel.CheckMounts(s.Mounts)
+}
 
 // Enter takes the process with that number of the host, of the container with
 // that id, for process 1 of the box. It looks in the kernel whether it is what
