@@ -21,11 +21,11 @@ DEBIAN := bsdutils ca-certificates ca-certificates-java curl debconf e2fsprogs g
 
 # And those of the tests of the runtimes over engines, which start daemons of
 # their own.
-ENGINE := busybox-static containerd debootstrap docker.io docker-registry
+ENGINE := busybox-static containerd debootstrap docker.io docker-registry etcd-server
 
 # Real servers that the tests and the benchmark run against, each a directory of
 # test/servers. They are built once and kept outside of the tree.
-SERVERS := gitea containerd dockerd runsc openbao
+SERVERS := gitea containerd dockerd runsc openbao minio kubernetes
 
 # Directories that hold crash tests.
 CRASH := $(addsuffix /...,$(wildcard ./test/crash ./runner))

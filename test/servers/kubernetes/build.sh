@@ -1,0 +1,7 @@
+#!/bin/bash
+# Builds the API server of Kubernetes into a directory.
+set -euo pipefail
+v=k8s.io/component-base/version
+CGO_ENABLED=0 go build -p 2 -trimpath -buildvcs=false \
+	-ldflags "-s -w -X $v.gitVersion=v1.34.4 -X $v.gitMajor=1 -X $v.gitMinor=34" \
+	-o "$1/kube-apiserver" k8s.io/kubernetes/cmd/kube-apiserver
