@@ -46,6 +46,11 @@ func terminated(b *bench) error {
 		if err != nil || status != 200 || !strings.HasPrefix(text, "host web.example HTTP/") || !strings.HasSuffix(text, "/a 4") {
 			return fmt.Errorf("request over %s: got %d %q %v", want, status, text, err)
 		}
+		for range 2 {
+			if status, text, err = c.do("POST", "https://web.example"+once, "", strings.NewReader("body")); err != nil || status != 200 {
+				return fmt.Errorf("request over %s to a server that hangs up after each: got %d %q %v", want, status, text, err)
+			}
+		}
 	}
 	end, err := j.ledger.await("ended", is(egress.Ended))
 	if err != nil {

@@ -60,6 +60,9 @@ func (n *notary) certify(names ...string) (tls.Certificate, error) {
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, err
 }
 
+// once is a path whose answer is the last one on its connection.
+const once = "/once"
+
 // secure serves HTTP/1 and HTTP/2 with TLS for an address, as the owner of names.
 func (b *bench) secure(n *notary, address string, names ...string) error {
 	cert, err := n.certify(names...)
@@ -68,6 +71,9 @@ func (b *bench) secure(n *notary, address string, names ...string) error {
 	}
 	s := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body) // what breaks off is not answered
+		if r.URL.Path == once {
+			w.Header().Set("Connection", "close")
+		}
 		fmt.Fprintf(w, "host %s %s %s %d", r.Host, r.Proto, r.URL.Path, len(body))
 	}))
 	s.TLS = &tls.Config{Certificates: []tls.Certificate{cert}}

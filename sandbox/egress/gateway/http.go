@@ -311,11 +311,10 @@ func (x *exchange) connect(ctx context.Context) (string, error) {
 	}
 	c := x.session
 	rule := c.grant.Rule
-	conn, err := c.gateway.reach(ctx, rule)
+	conn, to, err := c.gateway.reach(ctx, rule)
 	if err != nil {
 		return "", err
 	}
-	to := conn.RemoteAddr().String()
 	if conn, err = c.secure(ctx, conn, x.out.Protocols); err != nil {
 		return "", err
 	}

@@ -15,24 +15,26 @@ import (
 // attempts bounds the addresses of one name that are tried.
 const attempts = 6
 
-// reach connects to the destination of a rule. The error is a refusal if the
-// rules forbid every address that the name has.
-func (g *Gateway) reach(ctx context.Context, r egress.Rule) (net.Conn, error) {
+// reach connects to the destination of a rule, and returns the address that was
+// judged and dialled: what is at the other end of the connection may be a proxy.
+// The error is a refusal if the rules forbid every address that the name has.
+func (g *Gateway) reach(ctx context.Context, r egress.Rule) (net.Conn, string, error) {
 	ctx, cancel := g.soon(ctx)
 	defer cancel()
 	addrs, err := g.lookup(ctx, r)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	var all []error
 	for i, a := range addrs {
-		conn, err := g.dial(ctx, netip.AddrPortFrom(a, r.Port), len(addrs)-i)
+		to := netip.AddrPortFrom(a, r.Port)
+		conn, err := g.dial(ctx, to, len(addrs)-i)
 		if err == nil {
-			return conn, nil
+			return conn, to.String(), nil
 		}
 		all = append(all, err)
 	}
-	return nil, errors.Join(all...)
+	return nil, "", errors.Join(all...)
 }
 
 // soon bounds the time to connect.

@@ -141,29 +141,31 @@ func reset(conn net.Conn) {
 	_ = conn.Close()
 }
 
-// reach connects to where the rule leads: outside, or into another box.
-func (c *session) reach(ctx context.Context) (net.Conn, error) {
+// reach connects to where the rule leads: outside, or into another box. It
+// returns what the ledger calls that.
+func (c *session) reach(ctx context.Context) (net.Conn, string, error) {
 	if c.grant.into == nil {
 		return c.gateway.reach(ctx, c.grant.Rule)
 	}
 	ctx, cancel := c.gateway.soon(ctx)
 	defer cancel()
-	return c.grant.into.dial(ctx, c.line.Port)
+	conn, err := c.grant.into.dial(ctx, c.line.Port)
+	if err != nil {
+		return nil, "", err
+	}
+	return conn, c.grant.Service + " " + conn.RemoteAddr().String(), nil
 }
 
 // pass dials the destination and passes bytes: first, which the job sent
 // already, then all others.
 func (c *session) pass(ctx context.Context, first []byte) {
-	up, err := c.reach(ctx)
+	up, to, err := c.reach(ctx)
 	if err != nil {
 		c.fail(err)
 		return
 	}
 	defer up.Close()
-	c.line.Dialled = up.RemoteAddr().String()
-	if c.grant.into != nil {
-		c.line.Dialled = c.grant.Service + " " + c.line.Dialled
-	}
+	c.line.Dialled = to
 	allowed := c.line
 	allowed.Verdict = egress.Allowed
 	if c.book().line(allowed) != nil {
