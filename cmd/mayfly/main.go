@@ -11,6 +11,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+
+	"github.com/mayfly-ci/mayfly/sandbox/containerd"
 )
 
 // version is set by the Makefile.
@@ -54,6 +56,13 @@ type call struct {
 }
 
 func main() {
+	if len(os.Args) == 2 && os.Args[1] == containerd.AskArg { // a child of the agent's
+		if err := containerd.Ask(os.Stdin, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(exitOwed)
+		}
+		return
+	}
 	os.Exit(mainExit(os.Args[1:], os.Stdout, os.Stderr))
 }
 

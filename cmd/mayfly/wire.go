@@ -135,6 +135,7 @@ func (w *wiring) runtimes() error {
 			runtime, err = docker.New(c)
 		case containerd.Config:
 			c.StateDir, c.Owner, c.Guest = state, w.state.Owner, program
+			c.Ask = []string{"/proc/self/exe", containerd.AskArg}
 			runtime, err = containerd.New(c)
 		}
 		if err != nil {

@@ -96,6 +96,9 @@ type Config struct {
 	// Limits are the defaults of a Spec. What is zero here is 4 GiB of memory,
 	// 4096 processes, 2 cores, 10 GiB and a million files.
 	Limits sandbox.Limits
+	// Ask is the command of a program that calls Ask, so that what the daemon is
+	// making outlives the agent. Empty: the agent asks itself.
+	Ask []string
 	// Trace is called between outside effects, for crash tests.
 	Trace func(point string)
 }

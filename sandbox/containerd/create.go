@@ -6,13 +6,10 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/containerd/containerd/api/services/tasks/v1"
-	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/mount"
@@ -21,6 +18,7 @@ import (
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/typeurl/v2"
 	"github.com/opencontainers/go-digest"
+	"google.golang.org/grpc/status"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/engine"
@@ -38,13 +36,6 @@ const (
 
 // labelName is the name of the box on a container, whose id is made of it.
 const labelName = "ci.mayfly.name"
-
-// Files beside the record. A task was asked for if there is asked, and without
-// answered the daemon may still be about to make it.
-const (
-	asked    = "asked"
-	answered = "answered"
-)
 
 // id is the name of all that a box has in containerd: of no other state
 // directory's, and of one that containerd takes.
@@ -64,7 +55,16 @@ func (r *Runtime) patiently(ctx context.Context, do func() error) error {
 }
 
 // away reports that the daemon did not answer and may be on its way back.
-func away(err error) bool { return err != nil && errdefs.IsUnavailable(errgrpc.ToNative(err)) }
+func away(err error) bool { return err != nil && errdefs.IsUnavailable(native(err)) }
+
+// native turns a status of the daemon's into an error of containerd's, and leaves
+// others as they are: to turn one twice forgets what it was.
+func native(err error) error {
+	if _, ok := status.FromError(err); ok {
+		return errgrpc.ToNative(err)
+	}
+	return err
+}
 
 // reach waits for the daemon and refuses one that is too old.
 func (r *Runtime) reach(ctx context.Context) (version string, err error) {
@@ -148,9 +148,10 @@ func (r *Runtime) build(ctx context.Context, b *engine.Box, s sandbox.Spec, chai
 	}
 	defer b.Disk.Detach() // the box has it, or nobody
 	r.cfg.Trace("containerd.disk")
-	pid, err := r.task(ctx, b.Name, first)
+	pid, err := r.ask(ctx, b.Name, first)
+	r.cfg.Trace("containerd.answered")
 	if err != nil {
-		return err
+		return fmt.Errorf("task: %w", err)
 	}
 	id := r.id(b.Name)
 	if _, err := r.client.TaskService().Start(ctx, &tasks.StartRequest{ContainerID: id}); err != nil {
@@ -223,41 +224,6 @@ func layers(mounts []mount.Mount) ([]string, error) {
 	return nil, fmt.Errorf("it gives %+v, and boxes are made of directories: use overlayfs or native: %w", mounts, sandbox.ErrUnsupported)
 }
 
-// task asks the daemon for the process of the container, which waits to be
-// started, and notes that it has answered.
-func (r *Runtime) task(ctx context.Context, name string, first uint32) (pid int, err error) {
-	note := func(file string) error { return os.WriteFile(filepath.Join(r.state.Dir(name), file), nil, 0o600) }
-	if err := note(asked); err != nil {
-		return 0, err
-	}
-	r.cfg.Trace("containerd.asked")
-	t, err := r.newTask(ctx, r.id(name), first)
-	r.cfg.Trace("containerd.task")
-	if err == nil || !away(err) && ctx.Err() == nil {
-		if err := note(answered); err != nil {
-			return 0, err
-		}
-		r.cfg.Trace("containerd.answered")
-	}
-	if err != nil {
-		return 0, fmt.Errorf("task: %w", err)
-	}
-	return int(t.Pid), nil
-}
-
 // rootBytes is the size of the root that a container begins with. It holds
 // directories that others are mounted on.
 const rootBytes = 1 << 20
-
-// newTask has a root of its own, which belongs to root of the box: the OCI
-// runtime makes directories in it as that root.
-func (r *Runtime) newTask(ctx context.Context, id string, first uint32) (*tasks.CreateTaskResponse, error) {
-	t, err := r.client.TaskService().Create(ctx, &tasks.CreateTaskRequest{
-		ContainerID: id,
-		Rootfs: []*types.Mount{{
-			Type: "tmpfs", Source: "mayfly",
-			Options: []string{"nosuid", "nodev", "mode=755", fmt.Sprintf("size=%d", rootBytes), fmt.Sprintf("uid=%d", first), fmt.Sprintf("gid=%d", first)},
-		}},
-	})
-	return t, errgrpc.ToNative(err)
-}

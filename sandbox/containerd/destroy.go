@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -62,19 +61,27 @@ const exitPatience = 10 * time.Second
 // remove removes the task, the container, the snapshot and the lease, and waits
 // until they are gone.
 func (r *Runtime) remove(ctx context.Context, name string) error {
-	has := func(file string) bool {
-		_, err := os.Stat(filepath.Join(r.state.Dir(name), file))
-		return err == nil
-	}
-	known, settled := has("."), !has(asked) || has(answered)
+	_, err := os.Stat(r.state.Dir(name))
+	known := err == nil
 	var last error
+	settled := false
 	hurry := time.Now().Add(exitPatience)
-	err := kernel.Poll(ctx, "remove the container", func() (bool, error) {
+	err = kernel.Poll(ctx, "remove the container", func() (bool, error) {
+		ok, busy := r.settled(name)
+		if busy {
+			last = errors.New("the daemon is still making the task")
+			return false, nil
+		}
+		settled = settled || ok
+		late := time.Now().After(hurry)
 		var gone bool
-		gone, last = r.endTask(ctx, name, time.Now().After(hurry))
+		gone, last = r.endTask(ctx, name, late)
 		if gone && !settled {
 			gone = false
 			settled, last = r.settle(ctx, name)
+		}
+		if gone || last != nil && late {
+			gone, last = r.forgetTask(ctx, name)
 		}
 		if gone {
 			last = r.removeOnce(ctx, name)
@@ -90,10 +97,10 @@ func (r *Runtime) remove(ctx context.Context, name string) error {
 	return nil
 }
 
-// endTask reports whether there is no task. An error is worth another try: the
-// daemon is away or busy with the task. One that runs is killed by its process,
-// and by the daemon if there is a hurry, and removed when the daemon knows that
-// it has ended.
+// endTask reports whether the daemon knows no task. An error is worth another try:
+// the daemon is away or busy with the task. One that runs is killed by its
+// process, and by the daemon if there is a hurry, and removed when the daemon
+// knows that it has ended.
 func (r *Runtime) endTask(ctx context.Context, name string, hurry bool) (gone bool, err error) {
 	id, service := r.id(name), r.client.TaskService()
 	t, err := service.Get(ctx, &tasks.GetRequest{ContainerID: id})
@@ -111,22 +118,34 @@ func (r *Runtime) endTask(ctx context.Context, name string, hurry bool) (gone bo
 		}
 		return false, err
 	}
-	_, err = service.Delete(ctx, &tasks.DeleteTaskRequest{ContainerID: id})
+	return r.forgetTask(ctx, name)
+}
+
+// forgetTask removes a task that has ended. The daemon says that there is none
+// also of one whose removal a client did not wait for, and keeps its shim until
+// it is removed once more. Of one that it is still making it removes half.
+func (r *Runtime) forgetTask(ctx context.Context, name string) (gone bool, err error) {
+	_, err = r.client.TaskService().Delete(ctx, &tasks.DeleteTaskRequest{ContainerID: r.id(name)})
 	err = ignore(errgrpc.ToNative(err), errdefs.IsNotFound)
 	return err == nil, err
 }
 
 // settle makes sure that the daemon is not about to make the task: it may be, if
-// the agent ended while it asked for it. It refuses to make what it is making; a
-// task that it gives to us, or fails to make for want of the ids that are another
-// box's, is no other's.
+// who asked for it ended before the answer. It refuses to make what it is making;
+// a task that it gives to us, or fails to make for want of the ids that are
+// another box's, is no other's.
 func (r *Runtime) settle(ctx context.Context, name string) (bool, error) {
-	_, err := r.newTask(ctx, r.id(name), r.cfg.FirstID)
-	switch {
-	case away(err), errdefs.IsAlreadyExists(err), err != nil && strings.Contains(err.Error(), "file exists"), ctx.Err() != nil:
-		return false, err // in the way is the task, half made
+	_, err := r.ask(ctx, name, r.cfg.FirstID)
+	if away(err) || inTheWay(err) || ctx.Err() != nil {
+		return false, err
 	}
 	return true, nil // endTask removes what we were given; or nothing can be made here
+}
+
+// inTheWay reports that the daemon has the task, or half of it.
+func inTheWay(err error) bool {
+	err = native(err)
+	return errdefs.IsAlreadyExists(err) || err != nil && strings.Contains(err.Error(), "file exists")
 }
 
 // removeOnce removes what is not a process. It is done if there is no error.

@@ -8,13 +8,16 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/containerd/containerd/api/services/tasks/v1"
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/typeurl/v2"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/engine"
 	"github.com/mayfly-ci/mayfly/sandbox/engine/enginetest"
 	"github.com/mayfly-ci/mayfly/test/containerdtest"
 )
@@ -27,7 +30,7 @@ func TestLife(t *testing.T) {
 			d := containerdtest.Start(t, v)
 			for name, test := range map[string]func(*testing.T, *containerdtest.Daemon){
 				"box": testBox, "images": testImages, "taken": testTaken, "killed agent": testKilledAgent,
-				"in flight": testInFlight, "collected": testCollected, "check": testCheck, "odd names": testNames,
+				"in flight": testInFlight, "half deleted": testHalfDeleted, "collected": testCollected, "check": testCheck, "odd names": testNames,
 				"honest builds": testHonestBuilds, "list without state": testLostState, "limited ids": testNoIDs,
 			} {
 				t.Run(name, func(t *testing.T) { test(t, d) })
@@ -131,7 +134,7 @@ func testTaken(t *testing.T, d *containerdtest.Daemon) {
 func points() []string {
 	return []string{
 		"containerd.named", "containerd.recorded", "containerd.ids", "containerd.leased", "containerd.snapshot", "containerd.created",
-		"containerd.disk", "containerd.asked", "containerd.task", "containerd.answered", "containerd.started",
+		"containerd.disk", "containerd.asked", "containerd.asking", "containerd.answered", "containerd.started",
 		"containerd.entered", "containerd.ready", enginetest.PointRunning,
 		"containerd.ended", "containerd.deleted", "containerd.freed", "containerd.removed",
 	}
@@ -178,12 +181,13 @@ func testInFlight(t *testing.T, d *containerdtest.Daemon) {
 		if err := enginetest.Orphan(enginetest.Bounded(t), o); err != nil {
 			t.Fatal(err)
 		}
-		ctx, cancel := context.WithCancel(r.within(enginetest.Bounded(t)))
+		ctx, cancel := context.WithCancel(enginetest.Bounded(t))
 		defer cancel()
 		made, sent := make(chan error, 1), make(chan struct{})
+		late := order{cfg.Address, r.cfg.Namespace, r.id(name), t.TempDir(), r.cfg.FirstID}
 		go func() {
 			close(sent)
-			_, err := r.newTask(ctx, r.id(name), r.cfg.FirstID)
+			_, err := late.ask(ctx, r.client)
 			made <- err
 		}()
 		<-sent
@@ -200,6 +204,32 @@ func testInFlight(t *testing.T, d *containerdtest.Daemon) {
 			t.Error(err)
 		}
 		t.Logf("the late request: %v", enginetest.Wait(t, "it ends", made))
+		nothingLeft(t, d, cfg.StateDir)
+	}
+}
+
+// testHalfDeleted: the agent died while the daemon removed the task. The daemon
+// then says that there is none, and has its shim all the same.
+func testHalfDeleted(t *testing.T, d *containerdtest.Daemon) {
+	cfg := config(t, d)
+	cfg.Image = containerdtest.Busybox
+	r := newRuntime(t, cfg)
+	for i := range 6 {
+		name := fmt.Sprintf("half-%d", i)
+		b := enginetest.Create(t, r, name, sandbox.Spec{})
+		if err := b.(*engine.Box).End(enginetest.Bounded(t)); err != nil {
+			t.Fatal(err)
+		}
+		// A removal takes the daemon some 50 ms.
+		ctx, cancel := context.WithTimeout(enginetest.Bounded(t), time.Duration(i+1)*8*time.Millisecond)
+		enginetest.Eventually(t, "the daemon sees the end, or is interrupted", func() bool {
+			_, err := r.client.TaskService().Delete(r.within(ctx), &tasks.DeleteTaskRequest{ContainerID: r.id(name)})
+			return err == nil || ctx.Err() != nil
+		})
+		cancel()
+		if err := r.Destroy(enginetest.Bounded(t), name); err != nil {
+			t.Error(err)
+		}
 		nothingLeft(t, d, cfg.StateDir)
 	}
 }

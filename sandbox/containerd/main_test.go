@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"fmt"
 	"os"
 	"testing"
 	"time"
@@ -16,6 +17,13 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if len(os.Args) == 2 && os.Args[1] == AskArg {
+		if err := Ask(os.Stdin, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	enginetest.Child(func(o enginetest.Order, trace func(string)) (sandbox.Runtime, error) {
 		cfg, err := testConfig(o.State, o.Address)
 		if err != nil {
@@ -44,6 +52,7 @@ func testConfig(state, address string) (Config, error) {
 	program, err := guest.Binary()
 	return Config{
 		StateDir: state, Owner: "test", Guest: program, Address: address, Image: containerdtest.Debian,
+		Ask:    []string{"/proc/self/exe", AskArg},
 		Limits: sandbox.Limits{Memory: 512 << 20, Pids: 512, MilliCPU: 2000, Disk: 1 << 30, Inodes: 50_000},
 	}, err
 }

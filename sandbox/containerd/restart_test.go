@@ -3,6 +3,7 @@ package containerd
 import (
 	"context"
 	"errors"
+	"sync"
 	"testing"
 	"time"
 
@@ -111,11 +112,12 @@ func killedBeforeJob(t *testing.T, d *containerdtest.Daemon, r *Runtime) {
 // killedDuringCreate: the daemon dies while it makes the container. Create fails
 // and says so, and Destroy removes what came of it.
 func killedDuringCreate(t *testing.T, d *containerdtest.Daemon, cfg Config) {
-	for _, point := range []string{"containerd.leased", "containerd.created", "containerd.asked", "containerd.answered"} {
+	for _, point := range []string{"containerd.leased", "containerd.created", "containerd.asked", "containerd.asking", "containerd.answered"} {
 		at := make(chan struct{})
+		come := sync.OnceFunc(func() { close(at) }) // Destroy may ask again
 		cfg.Trace = func(p string) {
 			if p == point {
-				close(at)
+				come()
 			}
 		}
 		r := newRuntime(t, cfg)

@@ -18,8 +18,11 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
@@ -230,30 +233,46 @@ func (s *State) Forget(ctx context.Context, name string) error {
 const guestAge = 7 * 24 * time.Hour
 
 // install writes the program to dir, which boxes see read-only until they have
-// begun, and removes old ones. Its name is made of its content.
+// begun, and removes old ones, and at once what a crash has left half made. Its
+// name is made of its content.
 func install(dir string, program []byte) (name string, err error) {
 	sum := sha256.Sum256(program)
 	name = "mayfly-guest-" + hex.EncodeToString(sum[:6])
-	work, err := os.MkdirTemp(dir, ".new-")
+	lock, err := os.Open(dir)
 	if err != nil {
 		return "", err
 	}
-	// Always anew: what lies there may be half of a crash's, and is as young as
-	// its last use.
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil { // held for as long as a write takes
+		return "", fmt.Errorf("lock %s: %w", dir, err)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return "", err
+	}
+	for _, e := range entries {
+		st, infoErr := e.Info()
+		half := strings.HasPrefix(e.Name(), unfinished)
+		if half || infoErr == nil && e.Name() != name && time.Since(st.ModTime()) > guestAge {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name())))
+		}
+	}
+	work, workErr := os.MkdirTemp(dir, unfinished)
+	if err := errors.Join(err, workErr); err != nil {
+		return "", err
+	}
+	// Always anew: what lies there may be half of a power cut's, and is as young
+	// as its last use.
 	file := filepath.Join(work, name)
 	err = errors.Join(os.WriteFile(file, program, 0o555), os.Chmod(file, 0o555), os.Chmod(dir, 0o755))
 	if err == nil {
 		err = os.Rename(file, filepath.Join(dir, name))
 	}
-	entries, readErr := os.ReadDir(dir)
-	err = errors.Join(err, readErr, os.Remove(work))
-	for _, e := range entries {
-		if st, infoErr := e.Info(); infoErr == nil && e.Name() != name && time.Since(st.ModTime()) > guestAge {
-			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name())))
-		}
-	}
-	return name, err
+	return name, errors.Join(err, os.Remove(work))
 }
+
+// unfinished begins the names of what install has not finished.
+const unfinished = ".new-"
 
 // Template is the file that disks of that size are copied from.
 func (s *State) Template(ctx context.Context, l sandbox.Limits) (string, error) {

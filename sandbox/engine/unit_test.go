@@ -194,3 +194,23 @@ func TestForeignProcess(t *testing.T) {
 		t.Errorf("confined: got %v, want ErrUnsupported", err)
 	}
 }
+
+// TestInstall: an agent that was killed while it wrote the guest leaves half of
+// it, which the next one removes.
+func TestInstall(t *testing.T) {
+	dir := t.TempDir()
+	half := filepath.Join(dir, unfinished+"1")
+	if err := errors.Join(os.Mkdir(half, 0o700), os.WriteFile(filepath.Join(half, "guest"), []byte("ha"), 0o500)); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // the second time it is there already
+		name, err := install(dir, []byte("program"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		entries, err := os.ReadDir(dir)
+		if err != nil || len(entries) != 1 || entries[0].Name() != name {
+			t.Errorf("after install: got %v, %v, want %s alone", entries, err, name)
+		}
+	}
+}
