@@ -24,7 +24,8 @@ type NodeDecoder interface {
 // A struct takes the keys that its fields name with a tag `yaml:"key"`; a field
 // without a tag is no part of the file and stays as it is. `yaml:"key,required"`
 // must be there. A field of type Node keeps its part for later; one with the
-// tag `yaml:",self"` gets the whole mapping, for positions. Other types: text,
+// tag `yaml:",self"` gets the whole mapping, for positions; the fields of a struct
+// with `yaml:",inline"` count as if they stood there. Other types: text,
 // true/false, whole numbers, time.Duration as "10m", slices, pointers, maps
 // with text keys, and what implements NodeDecoder or encoding.TextUnmarshaler
 // (which gets the text of the scalar). An absent key, and an empty list or
@@ -181,33 +182,45 @@ func (n Node) structure(v reflect.Value) error {
 	if !n.isNull() && n.y.Kind != yaml.MappingNode {
 		return n.wrong("a mapping")
 	}
-	fields, required := map[string]int{}, []string{}
-	var known []string
-	for i := range v.NumField() {
-		name, option, _ := strings.Cut(v.Type().Field(i).Tag.Get("yaml"), ",")
-		switch {
-		case option == "self":
-			v.Field(i).Set(reflect.ValueOf(n))
-		case name != "" && name != "-":
-			fields[name] = i
-			known = append(known, name)
-			if option == "required" {
-				required = append(required, name)
-			}
-		}
-	}
+	f := fields{values: map[string]reflect.Value{}}
+	f.collect(n, v)
+	required := f.required
 	var errs []error
 	for k, c := range n.pairs() {
-		i, ok := fields[k.y.Value]
+		field, ok := f.values[k.y.Value]
 		if !ok {
-			errs = append(errs, k.Errorf("unknown key %q (known: %s)", k.y.Value, strings.Join(known, ", ")))
+			errs = append(errs, k.Errorf("unknown key %q (known: %s)", k.y.Value, strings.Join(f.known, ", ")))
 			continue
 		}
 		required = slices.DeleteFunc(required, func(r string) bool { return r == k.y.Value })
-		errs = append(errs, c.decode(v.Field(i)))
+		errs = append(errs, c.decode(field))
 	}
 	for _, r := range required {
 		errs = append(errs, n.Errorf("key %q is missing", r))
 	}
 	return errors.Join(errs...)
+}
+
+// fields are those of a struct that keys of a mapping are stored in.
+type fields struct {
+	values          map[string]reflect.Value
+	known, required []string
+}
+
+func (f *fields) collect(n Node, v reflect.Value) {
+	for i := range v.NumField() {
+		name, option, _ := strings.Cut(v.Type().Field(i).Tag.Get("yaml"), ",")
+		switch {
+		case option == "self":
+			v.Field(i).Set(reflect.ValueOf(n))
+		case option == "inline":
+			f.collect(n, v.Field(i))
+		case name != "" && name != "-":
+			f.values[name] = v.Field(i)
+			f.known = append(f.known, name)
+			if option == "required" {
+				f.required = append(f.required, name)
+			}
+		}
+	}
 }
