@@ -36,6 +36,10 @@ func forbidden() []class {
 	)
 }
 
+// Forbidden says what an address is that no rule opens and that the agent does not
+// dial itself either, and "" of all others.
+func Forbidden(a netip.Addr) string { return newTable().never(a) }
+
 // special are the IPv4 addresses that are not public: what the IANA registry
 // (RFC 6890) says is not globally reachable.
 func special() []class {

@@ -22,7 +22,8 @@
 //
 // The destination's addresses are looked up and judged once and what was
 // judged is dialled, so a name cannot change in between. By default only public
-// addresses are. See address.go for the classes.
+// addresses are. See address.go for the classes. With a parent proxy names are not
+// looked up here (Config.Parent).
 //
 // A rule with a Service leads into the box of another gateway: its network is
 // entered by a thread that makes the socket there, and ends. An agent without
@@ -90,6 +91,8 @@ type Config struct {
 	// Roots are what the certificates of HTTPS destinations must chain to whose
 	// rule names no CA. nil: what this machine trusts.
 	Roots *x509.CertPool
+	// Parent is a proxy that reaches names in place of Dial; nil is none.
+	Parent *Parent
 	// Never are the agent's own listeners, which no rule opens. An unspecified
 	// address stands for every address of this machine.
 	Never []netip.AddrPort
@@ -105,6 +108,20 @@ type Config struct {
 	Trace func(point string)
 }
 
+// A Parent is a proxy that is told names and looks them up itself. What they
+// resolve to is not seen here then, so that a rule which says what it may be
+// (Resolve) is refused, and that a name leads to a public address is the proxy's
+// to hold.
+type Parent struct {
+	// Covers says which names it is for. The others are dialled as without it,
+	// and never one of its own.
+	Covers func(name string) bool
+	// Connect makes a tunnel to NAME:PORT. What it returns should have CloseWrite.
+	Connect func(ctx context.Context, address string) (net.Conn, error)
+	// Address is what the ledger calls it.
+	Address string
+}
+
 // withDefaults returns c with its zero values replaced.
 func (c Config) withDefaults() (Config, error) {
 	if c.Names < 0 || c.Conns < 0 || c.Dialling < 0 || c.Hello < 0 || c.Idle < 0 {
@@ -114,6 +131,9 @@ func (c Config) withDefaults() (Config, error) {
 		if !a.IsValid() || a.Port() == 0 {
 			return c, fmt.Errorf("gateway config: listener %v: an address and a port are needed", a)
 		}
+	}
+	if p := c.Parent; p != nil && (p.Covers == nil || p.Connect == nil) {
+		return c, errors.New("gateway config: a parent needs Covers and Connect")
 	}
 	if c.Resolver == nil {
 		c.Resolver = net.DefaultResolver

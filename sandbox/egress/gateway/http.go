@@ -339,7 +339,13 @@ func (x *exchange) redial(ctx context.Context, network string, p *http.Protocols
 	g := x.session.gateway
 	ctx, cancel := g.soon(ctx)
 	defer cancel()
-	conn, err := g.cfg.Dial(ctx, network, to)
+	var conn net.Conn
+	var err error
+	if rule := x.session.grant.Rule; g.cfg.Parent != nil && g.cfg.Parent.Covers(rule.Name) {
+		conn, err = g.tunnel(ctx, rule)
+	} else {
+		conn, err = g.cfg.Dial(ctx, network, to)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -117,6 +117,9 @@ func queryKeys(query string) ([]string, bool) {
 	return keys, true
 }
 
+// Shape is what a record may say of a path.
+func Shape(path string) string { return shape(path) }
+
 // shape is a path for the ledger: what could be a secret, or is no word, is a
 // "*" there. A shape is a pattern for the policy, too.
 func shape(path string) string {

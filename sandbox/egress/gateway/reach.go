@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strconv"
 	"strings"
 	"time"
 
@@ -21,6 +22,10 @@ const attempts = 6
 func (g *Gateway) reach(ctx context.Context, r egress.Rule) (net.Conn, string, error) {
 	ctx, cancel := g.soon(ctx)
 	defer cancel()
+	if p := g.cfg.Parent; p != nil && p.Covers(r.Name) {
+		conn, err := g.tunnel(ctx, r)
+		return conn, "proxy " + p.Address, err
+	}
 	addrs, err := g.lookup(ctx, r)
 	if err != nil {
 		return nil, "", err
@@ -35,6 +40,21 @@ func (g *Gateway) reach(ctx context.Context, r egress.Rule) (net.Conn, string, e
 		all = append(all, err)
 	}
 	return nil, "", errors.Join(all...)
+}
+
+// tunnel connects through the parent proxy. Nothing else is tried.
+func (g *Gateway) tunnel(ctx context.Context, r egress.Rule) (net.Conn, error) {
+	if len(r.Resolve) > 0 {
+		return nil, refused("the rule says what %s may resolve to, and the parent proxy looks it up unseen: reach it without (no_proxy), or take resolve out of the rule", r.Name)
+	}
+	conn, err := g.cfg.Parent.Connect(ctx, net.JoinHostPort(r.Name, strconv.Itoa(int(r.Port))))
+	switch {
+	case err == nil:
+		return conn, nil
+	case ctx.Err() != nil:
+		return nil, context.Cause(ctx)
+	}
+	return nil, err
 }
 
 // soon bounds the time to connect.
