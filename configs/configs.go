@@ -50,10 +50,21 @@ type Config struct {
 	Providers map[string]Section
 	Runtimes  map[string]Section // the key "sandbox"
 	Issuers   map[string]Section
-	Gateway   Section
-	GitCache  GitCache // the key "git_cache"
+	Ways
+	GitCache GitCache // the key "git_cache"
 
 	node strict.Node
+}
+
+// Ways are those out of the machine: of the jobs, and of the agent itself.
+type Ways struct {
+	Gateway  Section
+	Outbound Section
+}
+
+type waysNode struct {
+	Gateway  strict.Node `yaml:"gateway"`
+	Outbound strict.Node `yaml:"outbound"`
 }
 
 // A Log says what the operator's log looks like.
@@ -82,7 +93,7 @@ type file struct {
 	Providers map[name]*sectionNode `yaml:"providers,required"`
 	Sandbox   map[name]*sectionNode `yaml:"sandbox"`
 	Issuers   map[name]*sectionNode `yaml:"issuers"`
-	Gateway   strict.Node           `yaml:"gateway"`
+	Ways      waysNode              `yaml:",inline"`
 	GitCache  *gitNode              `yaml:"git_cache"`
 	Quotas    *quotasNode           `yaml:"quotas"`
 	Warm      *warmNode             `yaml:"warm"`
@@ -180,7 +191,7 @@ func (c *Config) fill(f file) error {
 	if runtimes := sections(f.Sandbox); len(runtimes) > 0 {
 		c.Runtimes = runtimes
 	}
-	c.Gateway = Section{node: f.Gateway}
+	c.Ways = Ways{Gateway: Section{node: f.Ways.Gateway}, Outbound: Section{node: f.Ways.Outbound}}
 	errs = append(errs, f.Quotas.fill(&c.Quotas), f.Warm.fill(&c.Warm), f.Monitor.fill(&c.Monitor), f.GitCache.fill(dir, &c.GitCache))
 	return strict.Join(errs...)
 }

@@ -247,7 +247,7 @@ func TestProblems(t *testing.T) {
 	for _, c := range []struct{ src, want string }{
 		{"", "agent.yaml:1: file is empty"},
 		{"version: 2\nnew: key", "agent.yaml:1:10: version 2 is not supported: this agent reads version: 1"},
-		{"polcy: x", `agent.yaml:1:1: unknown key "polcy" (known: version, state, slots, keep, policy, drain, providers, sandbox, issuers, gateway, git_cache, quotas, warm, monitor, log)
+		{"polcy: x", `agent.yaml:1:1: unknown key "polcy" (known: version, state, slots, keep, policy, drain, providers, sandbox, issuers, gateway, outbound, git_cache, quotas, warm, monitor, log)
 agent.yaml:1:1: key "version" is missing
 agent.yaml:1:1: key "policy" is missing
 agent.yaml:1:1: key "providers" is missing`},

@@ -8,6 +8,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/providers"
+	"github.com/mayfly-ci/mayfly/runner/audit"
 	"github.com/mayfly-ci/mayfly/runner/internal/failpoint"
 	"github.com/mayfly-ci/mayfly/runner/internal/journal"
 	"github.com/mayfly-ci/mayfly/runner/policy"
@@ -55,6 +56,7 @@ func (a *Agent) live(ctx context.Context, t *turn, offer providers.Offer, claime
 		return err
 	}
 	defer a.enlist(name)()
+	ctx = audit.WithJob(ctx, name)
 
 	l := &life{Agent: a, log: log, provider: a.cfg.Providers[t.provider], turn: t, clock: newStopwatch()}
 	defer l.unmounted()

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"sync"
 
+	"github.com/mayfly-ci/mayfly/runner/audit"
 	"github.com/mayfly-ci/mayfly/runner/internal/journal"
 )
 
@@ -30,6 +31,7 @@ func (a *Agent) recover(ctx context.Context, logs []*journal.Log) error {
 
 func (a *Agent) recoverOne(ctx context.Context, log *journal.Log) error {
 	defer a.enlist(log.Job)()
+	ctx = audit.WithJob(ctx, log.Job)
 	a.cfg.Log.Info().Str("job", log.Job).Int("debts", len(log.Debts())).Msg("recover")
 	stop := a.watch(ctx, func(error) {}, log)
 	defer stop()

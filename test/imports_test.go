@@ -57,6 +57,7 @@ func table() []row {
 		{"runner/audit/...", "runner/audit", "the suite of the contract"},
 		{"runner/monitor", "runner runner/audit", "looks at the agent and counts its audit; the agent does not know it"},
 		{"runner/gitcache", "creds", "git objects on the agent's disk; it is told a repository and knows no provider"},
+		{"runner/outbound", "creds runner/audit", "the agent's own way out; it is handed to implementations as functions, and knows none"},
 		{"runner/policy", "providers sandbox sandbox/egress creds configs/strict configs/egress", "pure: types of the contracts, the decoder that refuses unknown keys, and the sets of rules that a policy names"},
 		{"runner/internal/...", "runner/internal/... creds", "the journal knows names and handles, which do not print, and not what they stand for"},
 		{"runner/console", "runner sandbox", "the socket of mayfly shell: what it carries is a runner.Shell"},

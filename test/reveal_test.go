@@ -27,6 +27,8 @@ var revealers = map[string]string{
 	"providers/gitea/gitea.go digest":                    "only whether the registration token is another one than before is kept",
 	"providers/gitea/claim.go (*claim).reference":        "what a later life needs to end the job; the journal seals it",
 	"runner/gitcache/git.go (Want).file":                 "the token leaves for the git that fetches with it, in a file in memory",
+	"runner/gitcache/git.go (*Cache).way":                "the password of the relay that git goes out by leaves for that git, in a file in memory",
+	"runner/outbound/dial.go (*Way).authorization":       "the proxy's password leaves for the proxy that the configuration names",
 	"providers/workflow/value.go (*evaluator).canonical": "an expression of the workflow computes with it: ${{ secrets.X }}",
 }
 

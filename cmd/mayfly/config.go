@@ -68,7 +68,10 @@ func idle(cfg *configs.Config, rules *policy.Policy) []string {
 func checkNames(cfg *configs.Config, rules *policy.Policy) error {
 	w := &wiring{config: cfg, state: &runner.State{Owner: "config-check"}}
 	defer w.close()
-	errs := []error{w.issuers()} // nothing is connected
+	if err := w.outbound(nil); err != nil { // nothing is connected
+		return err
+	}
+	errs := []error{w.issuers()}
 	for name, section := range cfg.Providers {
 		errs = append(errs, w.checkProvider(name, section))
 	}

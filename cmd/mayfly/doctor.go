@@ -130,6 +130,7 @@ func (w *wiring) examine() []finding {
 		fs = append(fs, examineProvider(ctx, name, w.agent.Providers[name]))
 	}
 	fs = append(fs, w.examineIdentity()...)
+	fs = append(fs, w.examineOutbound(ctx)...)
 	fs = append(fs, finding{"policy", w.policyFile, stateOK, w.agent.Policy.Digest()})
 	return slices.Concat(fs, examineGateway(), w.examineState(), w.examineSlots(), w.examineWarm(), w.examineMonitor(), w.examineGit(ctx))
 }

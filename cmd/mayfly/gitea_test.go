@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -10,7 +11,13 @@ import (
 	"github.com/mayfly-ci/mayfly/configs"
 	"github.com/mayfly-ci/mayfly/providers/gitea/fakegitea"
 	"github.com/mayfly-ci/mayfly/runner"
+	"github.com/mayfly-ci/mayfly/runner/audit"
 )
+
+// heap is an audit that nobody reads.
+type heap struct{}
+
+func (heap) Append(context.Context, audit.Event) error { return nil }
 
 // The doctor asks the instance and registers nothing; an agent that does is
 // known by its kept registration, also to a doctor beside it.
@@ -39,8 +46,8 @@ func TestDoctorAsksGitea(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		w := &wiring{config: config, state: state}
-		if err := w.providers(); err != nil {
+		w := &wiring{config: config, state: state, agent: runner.Config{Audit: heap{}}}
+		if err := errors.Join(w.outbound(w.agent.Audit), w.providers()); err != nil {
 			t.Fatal(err)
 		}
 		return w, examineProvider(t.Context(), "forge", w.agent.Providers["forge"])

@@ -38,7 +38,7 @@ func (w *wiring) issuers() error {
 		if section.Type == typeOIDC {
 			continue
 		}
-		issuer, err := w.issuer(section)
+		issuer, err := w.issuer(name, section)
 		if err != nil {
 			return exitError{exitUsage, err}
 		}
@@ -54,7 +54,7 @@ type closingIssuer interface {
 	Close()
 }
 
-func (w *wiring) issuer(section configs.Section) (issuer closingIssuer, err error) {
+func (w *wiring) issuer(name string, section configs.Section) (issuer closingIssuer, err error) {
 	switch section.Type {
 	case "postgres":
 		var own postgres.Config
@@ -63,9 +63,13 @@ func (w *wiring) issuer(section configs.Section) (issuer closingIssuer, err erro
 		}
 		own.PasswordFile, own.RootCA = section.Path(own.PasswordFile), section.Path(own.RootCA)
 		own.Owner = w.state.Owner
-		issuer, err = postgres.New(own)
+		var made *postgres.Issuer
+		if made, err = postgres.New(own); err == nil {
+			made.Way = postgres.Way{Dial: w.out.For("issuer " + name).DialContext, Roots: w.out.Roots()}
+		}
+		issuer = made
 	case "vault":
-		issuer, err = w.vault(section)
+		issuer, err = w.vault(name, section)
 	default:
 		return nil, section.Errorf("type", "issuer %q: this agent has postgres and vault, and oidc for its identity", section.Type)
 	}
@@ -76,7 +80,7 @@ func (w *wiring) issuer(section configs.Section) (issuer closingIssuer, err erro
 }
 
 // vault logs in with the agent's identity.
-func (w *wiring) vault(section configs.Section) (*vault.Issuer, error) {
+func (w *wiring) vault(name string, section configs.Section) (*vault.Issuer, error) {
 	var own struct {
 		Address    string `yaml:"address,required"`
 		JobAddress string `yaml:"job_address"`
@@ -101,6 +105,7 @@ func (w *wiring) vault(section configs.Section) (*vault.Issuer, error) {
 	return vault.New(vault.Config{
 		Address: own.Address, JobAddress: own.JobAddress, Namespace: own.Namespace, CAFile: section.Path(own.CAFile), Insecure: own.Insecure,
 		Mount: own.Mount, Role: own.Role, AgentRole: own.AgentRole, Owner: w.state.Owner,
+		Out: w.out.For("issuer " + name).HTTP,
 		Sign: func(_ context.Context, s creds.Subject, lease string) (vault.Identity, error) {
 			t, err := w.identity.Mint(s, audience, map[string]string{"lease": lease})
 			return vault.Identity{Token: t.Value, ID: t.ID}, err

@@ -22,6 +22,7 @@ import (
 	"github.com/mayfly-ci/mayfly/runner"
 	"github.com/mayfly-ci/mayfly/runner/audit"
 	"github.com/mayfly-ci/mayfly/runner/gitcache"
+	"github.com/mayfly-ci/mayfly/runner/outbound"
 	"github.com/mayfly-ci/mayfly/runner/policy"
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/containerd"
@@ -42,7 +43,10 @@ type wiring struct {
 	agent      runner.Config
 	identity   *oidc.Issuer // nil if the configuration has none
 	state      *runner.State
-	closers    []func() error
+	out        *outbound.Way
+	// authorities of the way out, as PEM; "" is the system's.
+	authorities string
+	closers     []func() error
 }
 
 // wire takes the state for a new life of the agent.
@@ -99,14 +103,18 @@ func wireWith(path string, stderr io.Writer, open func(string) (*runner.State, e
 	if w.agent.Quotas, err = quotasOf(c.Quotas); err != nil {
 		return nil, exitError{exitUsage, err}
 	}
-	if err := errors.Join(w.parts(), w.record(), w.providers()); err != nil {
+	if err := w.record(); err != nil {
 		return nil, err
 	}
-	return w, nil
+	return w, errors.Join(w.parts(), w.providers())
 }
 
-// parts makes the runtimes, the issuers and the gateway.
+// parts makes the way out, and the runtimes, the issuers and the gateway, which
+// use it.
 func (w *wiring) parts() error {
+	if err := w.outbound(w.agent.Audit); err != nil {
+		return err
+	}
 	return errors.Join(w.runtimes(), w.issuers(), w.gateway())
 }
 
@@ -129,6 +137,7 @@ func (w *wiring) runtimes() error {
 		switch c := c.(type) {
 		case native.Config:
 			c.StateDir, c.Owner, c.Guest = state, w.state.Owner, program
+			c.Images.Out = w.out.For("images " + name).HTTP
 			runtime, err = native.New(c)
 		case docker.Config:
 			c.StateDir, c.Owner, c.Guest = state, w.state.Owner, program
@@ -136,6 +145,7 @@ func (w *wiring) runtimes() error {
 		case containerd.Config:
 			c.StateDir, c.Owner, c.Guest = state, w.state.Owner, program
 			c.Ask = []string{"/proc/self/exe", containerd.AskArg}
+			c.Out = w.out.For("images " + name).HTTP
 			runtime, err = containerd.New(c)
 		}
 		if err != nil {
@@ -172,6 +182,7 @@ func (w *wiring) gateway() error {
 	if own, ok := w.config.Monitor.AddrPort(); ok {
 		c.Never = append(c.Never, own) // also for "mayfly exec" beside the agent
 	}
+	c.Parent, c.Roots = w.parent(), w.out.Roots()
 	if w.agent.Gateway, err = gateway.New(c); err != nil {
 		return err
 	}
@@ -197,6 +208,7 @@ func (w *wiring) gitCache() error {
 		}
 		line.Msg("git cache filled")
 	}
+	c.Out, c.Authorities = w.out.For("git cache").Relay, w.authorities
 	cache, err := gitcache.New(c)
 	if err != nil {
 		return exitError{exitUsage, err}
@@ -283,6 +295,7 @@ func (w *wiring) gitea(name string, section configs.Section) (*gitea.Provider, e
 	c := gitea.Config{
 		URL: own.URL, RootCA: section.Path(own.RootCA), Insecure: own.Insecure, Provider: name, Runner: own.Name,
 		Labels: own.Labels, Ephemeral: own.Ephemeral, Poll: own.Poll, Version: version, Store: w.state.Safe("provider-" + name),
+		Out: w.out.ForPoller("provider " + name).HTTP,
 	}
 	if own.TokenFile != "" {
 		c.Token = func() (creds.Secret, error) { return configs.ReadSecret(section.Path(own.TokenFile)) }
@@ -343,7 +356,10 @@ func wireExec(path string, state *runner.State, rules *policy.Policy, log zerolo
 			return nil, exitError{exitUsage, err}
 		}
 	}
-	return w, errors.Join(w.parts(), w.record())
+	if err := w.record(); err != nil {
+		return nil, err
+	}
+	return w, w.parts()
 }
 
 // noConfig says whether this machine has no configuration that the user may

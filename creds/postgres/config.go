@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -171,6 +172,31 @@ func (c Config) connection() (*pgx.ConnConfig, error) {
 	return conf, nil
 }
 
+// A Way is how an issuer leaves this machine. The zero value dials directly, and
+// believes whom the system does.
+type Way struct {
+	// Dial reaches the server, by its name.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+	// Roots verify the server's certificate where there is no Config.RootCA.
+	Roots *x509.CertPool
+}
+
+// connection is that of the configuration, by the issuer's way.
+func (i *Issuer) connection() (*pgx.ConnConfig, error) {
+	conf, err := i.config.connection()
+	if err != nil {
+		return nil, err
+	}
+	if i.Way.Dial != nil {
+		conf.DialFunc = i.Way.Dial
+		conf.LookupFunc = func(_ context.Context, host string) ([]string, error) { return []string{host}, nil } // a proxy wants the name
+	}
+	if conf.TLSConfig != nil && i.config.RootCA == "" && i.Way.Roots != nil {
+		conf.TLSConfig.RootCAs = i.Way.Roots
+	}
+	return conf, nil
+}
+
 // password is the administrator's.
 func (c Config) password() (string, error) {
 	if c.PasswordFile == "" {
@@ -194,7 +220,7 @@ func (c Config) password() (string, error) {
 // operators and settings: the search path keeps its names out of our
 // statements, and the server closes connections that nobody uses any more.
 func (i *Issuer) connect(ctx context.Context, database string) (*pgx.Conn, error) {
-	conf, err := i.config.connection()
+	conf, err := i.connection()
 	if err != nil {
 		return nil, err
 	}

@@ -33,6 +33,9 @@ const maxNameBytes = 40 // the contract's; with the prefix well below PostgreSQL
 // An Issuer makes and unmakes roles on one server. It may be used by several
 // goroutines at once.
 type Issuer struct {
+	// Way is changed before the first use alone.
+	Way Way
+
 	config Config
 	admin  *pool
 }

@@ -46,7 +46,7 @@ func (i *Issuer) Probe(ctx context.Context, name string, sealed []byte) (creds.P
 // login tries the password and returns the words of the refusal. Whatever else
 // happens is an error, creds.ErrStillValid if the password was right.
 func (i *Issuer) login(ctx context.Context, role string, h handle) (string, error) {
-	conf, err := i.config.connection()
+	conf, err := i.connection()
 	if err != nil {
 		return "", err
 	}

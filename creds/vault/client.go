@@ -36,13 +36,18 @@ func newClient(c Config) (*http.Client, error) {
 			return nil, fmt.Errorf("ca_file %s: no certificate in it", c.CAFile)
 		}
 	}
+	// Nothing of the environment: a proxy would see the tokens.
+	transport := &http.Transport{
+		TLSClientConfig: conf, TLSHandshakeTimeout: exchangeTimeout, ForceAttemptHTTP2: true,
+		MaxIdleConnsPerHost: 4, IdleConnTimeout: 30 * time.Second,
+	}
+	var out http.RoundTripper = transport
+	if c.Out != nil {
+		out = c.Out(transport)
+	}
 	return &http.Client{
-		Timeout: exchangeTimeout,
-		// Nothing of the environment: a proxy would see the tokens.
-		Transport: &http.Transport{
-			TLSClientConfig: conf, TLSHandshakeTimeout: exchangeTimeout, ForceAttemptHTTP2: true,
-			MaxIdleConnsPerHost: 4, IdleConnTimeout: 30 * time.Second,
-		},
+		Timeout:   exchangeTimeout,
+		Transport: out,
 		// The header with the token would go along.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}, nil

@@ -59,6 +59,9 @@ type Config struct {
 	// does.
 	JobAddress string `yaml:"job_address" json:"job_address"`
 
+	// Out makes a transport one that leaves this machine; nil dials directly.
+	Out func(*http.Transport) http.RoundTripper `yaml:"-" json:"-"`
+
 	Sign  Signer             `yaml:"-" json:"-"`
 	Owner string             `yaml:"-" json:"-"` // installation id
 	Trace func(point string) `yaml:"-" json:"-"` // called between outside effects; nil is none

@@ -90,20 +90,24 @@ func newClient(c Config) (*client, error) {
 	if timeout <= 0 {
 		timeout = callTimeout
 	}
+	transport := &http.Transport{
+		DialContext:         (&net.Dialer{Timeout: timeout}).DialContext,
+		TLSClientConfig:     conf,
+		ForceAttemptHTTP2:   true,
+		MaxIdleConnsPerHost: 16, // two a job: a log and a heartbeat
+		IdleConnTimeout:     90 * time.Second,
+		// An answer has a dozen headers.
+		MaxResponseHeaderBytes: 64 << 10,
+	}
+	var out http.RoundTripper = transport
+	if c.Out != nil {
+		out = c.Out(transport)
+	}
 	return &client{
 		base:  strings.TrimRight(u.Scheme+"://"+u.Host+u.EscapedPath(), "/") + "/api/actions",
 		agent: "mayfly/" + orDefault(c.Version, "dev"), timeout: timeout,
 		http: &http.Client{
-			Transport: &http.Transport{
-				Proxy:               http.ProxyFromEnvironment,
-				DialContext:         (&net.Dialer{Timeout: timeout}).DialContext,
-				TLSClientConfig:     conf,
-				ForceAttemptHTTP2:   true,
-				MaxIdleConnsPerHost: 16, // two a job: a log and a heartbeat
-				IdleConnTimeout:     90 * time.Second,
-				// An answer has a dozen headers.
-				MaxResponseHeaderBytes: 64 << 10,
-			},
+			Transport: out,
 			// A redirect would carry the runner's token to somewhere else.
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},

@@ -28,6 +28,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"regexp"
 	"runtime"
@@ -95,6 +96,11 @@ type Config struct {
 	Poll    time.Duration // the longest pause between two asks; 0 is two seconds
 	Timeout time.Duration // of one call; 0 is half a minute
 	Version string        // of this agent, for Gitea's list of runners
+
+	// Out makes a transport, which has the authorities of RootCA if that is set,
+	// one that leaves this machine. nil dials directly; the environment's proxy is
+	// never used.
+	Out func(*http.Transport) http.RoundTripper
 
 	// Trace, if set, is called between any two effects on the server or the
 	// store, for tests that stop the agent there.

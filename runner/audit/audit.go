@@ -71,3 +71,18 @@ type Sink interface {
 	// e is written, nothing is written. It is safe for concurrent use.
 	Append(ctx context.Context, e Event) error
 }
+
+type jobKey struct{}
+
+// WithJob returns a context in which what is done is done for a job. It reaches,
+// through contracts that know nothing of it, whoever writes down what the agent
+// asks of others.
+func WithJob(ctx context.Context, job string) context.Context {
+	return context.WithValue(ctx, jobKey{}, job)
+}
+
+// JobOf is the job that something is done for, "" if it is for none.
+func JobOf(ctx context.Context) string {
+	job, _ := ctx.Value(jobKey{}).(string)
+	return job
+}

@@ -155,7 +155,13 @@ func (c *Cache) fill(ctx context.Context, e *entry, w Want, secret *os.File) (fi
 	if have, err := g.run(ctx, "rev-parse", "--verify", "--quiet", w.slot()+"^{commit}"); err == nil && w.SHA != "" && strings.TrimSpace(have) == w.SHA {
 		return false, nil
 	}
-	ca, err := w.authorities()
+	way, end, err := c.way(ctx, w)
+	if err != nil {
+		return false, err
+	}
+	defer end()
+	g.files = append(g.files, way)
+	ca, err := c.authorities(w)
 	if err != nil {
 		return false, err
 	}

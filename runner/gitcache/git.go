@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"os"
 	"os/exec"
@@ -23,7 +24,8 @@ import (
 const (
 	secretFD = 3 // configuration that holds the token, in memory
 	lockFD   = 4 // of the entry
-	caFD     = 5 // authorities, if the provider names some
+	wayFD    = 5 // configuration that says which way out, in memory
+	caFD     = 6 // authorities, if there are some
 )
 
 // A git runs git in a bare repository.
@@ -70,7 +72,7 @@ func (g git) run(ctx context.Context, args ...string) (string, error) {
 // asks for, so that a small pack which unpacks to much ends git and not the
 // machine.
 func (g git) environment() []string {
-	env := []string{
+	return []string{
 		"PATH=" + os.Getenv("PATH"),
 		"HOME=/nonexistent",
 		"LC_ALL=C",
@@ -81,12 +83,6 @@ func (g git) environment() []string {
 		"GIT_NO_LAZY_FETCH=1",
 		"GIT_ALLOC_LIMIT=1g",
 	}
-	for _, name := range []string{"http_proxy", "https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY"} { // as the providers' clients
-		if v, ok := os.LookupEnv(name); ok {
-			env = append(env, name+"="+v)
-		}
-	}
-	return env
 }
 
 // fetch is the command that brings the ref into its slot.
@@ -119,7 +115,7 @@ func (w Want) fetch(ca bool) []string {
 // memory which git's user may read and not write. The repository of a provider on
 // this machine may belong to anybody.
 func (w Want) file() (*os.File, error) {
-	text := "[safe]\n\tdirectory = *\n"
+	text := "[safe]\n\tdirectory = *\n[include]\n\tpath = /proc/self/fd/" + strconv.Itoa(wayFD) + "\n"
 	if !w.Token.IsZero() {
 		basic := base64.StdEncoding.EncodeToString([]byte(w.User + ":" + w.Token.Reveal()))
 		text += "[http \"" + w.URL + "\"]\n\textraHeader = \"Authorization: Basic " + basic + "\"\n"
@@ -134,10 +130,46 @@ func (w Want) blank(f *os.File) {
 	}
 }
 
-// authorities is Want.RootCA for git's user.
-func (w Want) authorities() (*os.File, error) {
-	if w.RootCA == "" {
+// address is whom git speaks to, HOST:PORT; "" is nobody but this machine's disk.
+func (w Want) address() string {
+	u, _ := url.Parse(w.URL) // was parsed before
+	port := u.Port()
+	switch {
+	case u.Scheme == "file":
+		return ""
+	case port == "" && u.Scheme == "http":
+		port = "80"
+	case port == "":
+		port = "443"
+	}
+	return net.JoinHostPort(u.Hostname(), port)
+}
+
+// way opens the way out for one filling, and says it in a file as file does. A
+// proxy of the environment is never one.
+func (c *Cache) way(ctx context.Context, w Want) (f *os.File, end func(), err error) {
+	text, stop := "[http]\n\tproxy =\n", func() {}
+	if address := w.address(); c.cfg.Out != nil && address != "" {
+		proxy, end, err := c.cfg.Out(ctx, address)
+		if err != nil {
+			return nil, nil, fmt.Errorf("way out: %w", err)
+		}
+		text, stop = "[http]\n\tproxy = "+proxy.Reveal()+"\n\tproxyAuthMethod = basic\n", end
+	}
+	if f, err = inMemory("git-way", []byte(text)); err != nil {
+		stop()
+		return nil, nil, err
+	}
+	return f, func() { stop(); _ = f.Close() }, nil
+}
+
+// authorities are Want.RootCA, or those of the agent, for git's user.
+func (c *Cache) authorities(w Want) (*os.File, error) {
+	if w.RootCA == "" && c.cfg.Authorities == "" {
 		return nil, nil
+	}
+	if w.RootCA == "" {
+		return inMemory("git-authorities", []byte(c.cfg.Authorities))
 	}
 	b, err := os.ReadFile(w.RootCA)
 	if err != nil {

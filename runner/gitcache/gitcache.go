@@ -76,6 +76,12 @@ type Config struct {
 	// is too large would be fetched in vain for each job. It doubles with each
 	// failure, to a day; 0 is ten minutes.
 	Pause time.Duration
+	// Out lets one filling out, to address, HOST:PORT, until end is called: it
+	// returns the URL of a proxy, with its password. nil is directly.
+	Out func(ctx context.Context, address string) (proxy creds.Secret, end func(), err error)
+	// Authorities are, as PEM, what https servers are verified with whose provider
+	// names none; "" is the system's.
+	Authorities string
 	// Note hears what became of a repository. It may be called at once from
 	// several goroutines. nil hears nothing.
 	Note func(Event)

@@ -142,8 +142,13 @@ func (r *Runtime) fetch(ctx context.Context, name engine.Name, p sandbox.Pull) (
 	if err != nil {
 		return nil, 0, err
 	}
-	web := &http.Client{Transport: docker.DefaultHTTPTransport(nil)}
-	defer web.CloseIdleConnections()
+	transport := docker.DefaultHTTPTransport(nil)
+	transport.Proxy = nil // of the environment
+	web := &http.Client{Transport: transport}
+	if r.cfg.Out != nil {
+		web.Transport = r.cfg.Out(transport)
+	}
+	defer transport.CloseIdleConnections()
 	who := func(host string) (string, string, error) {
 		if host != registry {
 			return "", "", nil

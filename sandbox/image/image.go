@@ -28,6 +28,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"time"
@@ -64,6 +65,10 @@ type Config struct {
 	CAFile       string   // certificates of registries, beside the system's
 	Insecure     []string // registries, host or host:port, that are spoken to in plain HTTP
 	TokenServers []string // hosts beside a registry itself that may see what a job pulls with
+
+	// Out makes a transport one that leaves this machine; nil dials directly. The
+	// environment's proxy is never used.
+	Out func(*http.Transport) http.RoundTripper
 
 	MaxBytes int64 // of an image, unpacked; 0 is 8 GiB
 	MaxFiles int64 // of an image; 0 is 500,000

@@ -62,13 +62,17 @@ func (s *Store) registry(n Name, p sandbox.Pull) (*registry, error) {
 	if err != nil {
 		return nil, err
 	}
-	g.next = &http.Transport{
-		Proxy:                 http.ProxyFromEnvironment,
+	g.transport = &http.Transport{
 		DialContext:           (&net.Dialer{Timeout: dialTimeout, Control: g.dial}).DialContext,
 		TLSClientConfig:       &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12},
 		TLSHandshakeTimeout:   dialTimeout,
 		ResponseHeaderTimeout: answerTimeout,
 		ForceAttemptHTTP2:     true,
+	}
+	g.next = g.transport
+	if s.cfg.Out != nil {
+		g.next = s.cfg.Out(g.transport)
+		g.transport.DialContext = g.judged(g.transport.DialContext)
 	}
 	r := &registry{name: ref, how: g, auth: remote.WithAuth(authn.Anonymous)}
 	if p.User != "" || p.Password != (sandbox.Pull{}).Password {
@@ -92,7 +96,7 @@ func (s *Store) ping(ctx context.Context, host string) error {
 // close lets go of the connections.
 func (r *registry) close() {
 	if g, ok := r.how.(*guard); ok {
-		g.next.CloseIdleConnections()
+		g.transport.CloseIdleConnections()
 	}
 }
 
@@ -185,7 +189,9 @@ type guard struct {
 	trusted  []string // that may see what the job pulls with
 	insecure []string // that may be spoken to in plain HTTP
 	named    bool     // there are a user and a password
-	next     *http.Transport
+
+	next      http.RoundTripper
+	transport *http.Transport // below next
 }
 
 // RoundTrip implements http.RoundTripper.
@@ -222,6 +228,23 @@ func (g *guard) dial(_, address string, _ syscall.RawConn) error {
 		return refuse("registry %s leads to %s, an address of this machine", g.host, ip)
 	}
 	return nil
+}
+
+// judged is dial for connections that somebody else makes: nothing is sent on one
+// to such an address. What a proxy looked up it does not see.
+func (g *guard) judged(dial func(ctx context.Context, network, address string) (net.Conn, error)) func(ctx context.Context, network, address string) (net.Conn, error) {
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := dial(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		if at, ok := conn.RemoteAddr().(*net.TCPAddr); ok {
+			if err := g.dial(network, at.String(), nil); err != nil {
+				return nil, errors.Join(err, conn.Close())
+			}
+		}
+		return conn, nil
+	}
 }
 
 func loopback(host string) bool {
