@@ -50,6 +50,9 @@ type Config struct {
 	// "images: {pull: never}".
 	Native string
 
+	// More are more sections of agent.yaml.
+	More string
+
 	// Git gives the agent a git cache, which is the world's.
 	Git bool
 }
@@ -99,6 +102,7 @@ func New(tb testing.TB, c Config) *World {
 	}
 	agent := fmt.Sprintf("version: 1\nstate: %s\nslots: %d\npolicy: policy.yaml\nproviders:\n  local: {dir: %s}\n%ssandbox:\n  native: {%s}\n%slog: {level: info, format: json}\n",
 		w.State, c.Slots, w.Spool, c.Providers, own, c.Sandbox)
+	agent += c.More
 	if c.Git {
 		w.Git = filepath.Join(dir, "git")
 		agent += fmt.Sprintf("git_cache: {dir: %s}\n", w.Git)
