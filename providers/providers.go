@@ -183,6 +183,22 @@ type Source struct {
 	RootCA string // PEM file of authorities; "" is the system's
 }
 
+// A Reader is a Provider that reads files of a job's repository as its default
+// branch has them.
+type Reader interface {
+	// DefaultFile reads the file at path, now. A file that is not there is no
+	// error; whatever else keeps it from being read is one.
+	DefaultFile(ctx context.Context, j Job, path string) (File, error)
+}
+
+// A File is what the default branch of a repository has.
+type File struct {
+	Branch, Commit string // where it was read
+	Protected      bool   // the service lets not everybody who can push change that branch
+	Present        bool
+	Content        []byte
+}
+
 // A Logger is a Provider that shows the job's log.
 type Logger interface {
 	// Log opens the log of a claimed job. After a crash it is opened again and

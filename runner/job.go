@@ -65,11 +65,15 @@ func (l *life) admit(ctx context.Context) (policy.Plan, error) {
 	if _, ok := l.cfg.Runtimes[plan.Runtime].(sandbox.Puller); err == nil && plan.Image != "" && !ok {
 		err = fmt.Errorf("%w: %s: image %s: boxes of runtime %q are made of no image", policy.ErrDenied, plan.Rule, plan.Image, plan.Runtime)
 	}
+	var narrowed []string
+	if err == nil {
+		plan, narrowed, err = l.narrow(ctx, plan)
+	}
 	s := l.job.Subject
-	err = errors.Join(err, l.audit(ctx, l.log.Job, "job.admit", s.Job, err,
+	err = errors.Join(err, l.audit(ctx, l.log.Job, "job.admit", s.Job, err, append(narrowed,
 		"provider", s.Provider, "repository", s.Repository, "ref", s.Ref, "sha", s.SHA, "workflow", s.Workflow,
 		"event", s.Event, "actor", l.job.Actor, "trust", string(l.job.Trust),
-		"policy", rules.Digest(), "rule", plan.Rule, "runtime", plan.Runtime, "image", plan.Image, "isolation", string(plan.Isolation)))
+		"policy", rules.Digest(), "rule", plan.Rule, "runtime", plan.Runtime, "image", plan.Image, "isolation", string(plan.Isolation))...))
 	if err != nil {
 		return plan, err
 	}

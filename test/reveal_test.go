@@ -24,6 +24,7 @@ var revealers = map[string]string{
 	"sandbox/docker/pull.go authorization":               "a password leaves for the daemon, which pulls with it, and is hidden in what the daemon then says",
 	"providers/gitea/client.go (identity).sign":          "the runner's token leaves for the server that gave it",
 	"providers/gitea/register.go (*Provider).register":   "the registration token leaves for the server",
+	"providers/gitea/file.go (*Provider).getOnce":        "the job's token leaves for the server that gave it",
 	"providers/gitea/gitea.go digest":                    "only whether the registration token is another one than before is kept",
 	"providers/gitea/claim.go (*claim).reference":        "what a later life needs to end the job; the journal seals it",
 	"runner/gitcache/git.go (Want).file":                 "the token leaves for the git that fetches with it, in a file in memory",

@@ -175,10 +175,11 @@ type jobFile struct {
 }
 
 func runPolicy(c *call) error {
-	var jobPath, policyPath string
+	var jobPath, policyPath, narrowPath string
 	o, err := c.flags("policy", 1, func(fs *flag.FlagSet) {
 		fs.StringVar(&jobPath, "job", "", "JSON file with the facts of a job: provider, repository, ref, event, trust, …")
 		fs.StringVar(&policyPath, "policy", "", "policy file (default: the one of the configuration)")
+		fs.StringVar(&narrowPath, "narrow", "", "file of the repository ("+policy.NarrowFile+") that takes from the plan")
 	})
 	if err != nil {
 		return err
@@ -202,12 +203,36 @@ func runPolicy(c *call) error {
 		return exitError{exitUsage, err}
 	}
 	e := rules.Explain(job)
+	if err := narrowed(&e, narrowPath); err != nil {
+		return exitError{exitUsage, err}
+	}
 	if err := c.print(o, e, explain(e)); err != nil {
 		return err
 	}
 	if e.Plan == nil {
 		return exitError{exitNo, nil}
 	}
+	return nil
+}
+
+// narrowed takes from the plan what a file of the repository says.
+func narrowed(e *policy.Explanation, path string) error {
+	if path == "" || e.Plan == nil {
+		return nil
+	}
+	if !e.Plan.Narrows {
+		return fmt.Errorf("%s: the rule does not say narrow: true, so that no file of a repository counts", e.Plan.Rule)
+	}
+	src, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	plan, err := e.Plan.Narrow(src, path)
+	if err != nil {
+		e.Plan, e.Refused = nil, err.Error()
+		return nil
+	}
+	e.Plan = &plan
 	return nil
 }
 
@@ -265,6 +290,12 @@ func explain(e policy.Explanation) string {
 		where += ", isolation " + string(p.Isolation)
 	}
 	fmt.Fprintf(&b, "\ngranted by %s\n  runtime %s, at most %v\n", p.Rule, where, p.Timeout)
+	switch {
+	case p.Narrowed != "":
+		fmt.Fprintf(&b, "  narrowed by the repository's file, %s\n", p.Narrowed)
+	case p.Narrows:
+		fmt.Fprintf(&b, "  the repository may take from this by %s on its protected default branch (--narrow FILE shows how)\n", policy.NarrowFile)
+	}
 	for _, x := range p.Egress {
 		fmt.Fprintf(&b, "  egress  %s:%d %s%s\n", x.Rule.Name, x.Rule.Port, x.Rule.Protocol, onlyIn(x.Step))
 		for _, r := range x.Rule.Requests {

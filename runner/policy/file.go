@@ -35,6 +35,7 @@ type ruleNode struct {
 	Leases  []leaseNode  `yaml:"leases"`
 	Keep    keepSpan     `yaml:"keep-on-failure"`
 	Wall    isolation    `yaml:"isolation"`
+	Narrow  bool         `yaml:"narrow"`
 }
 
 type match struct {
@@ -117,7 +118,7 @@ func decode(src []byte, file string) ([]rule, error) {
 // rule turns one rule of the file into what Decide uses.
 func (n ruleNode) rule() (rule, error) {
 	r := rule{match: n.Match, plan: n.basics()}
-	r.plan.Isolation = sandbox.Isolation(n.Wall)
+	r.plan.Isolation, r.plan.Narrows = sandbox.Isolation(n.Wall), n.Narrow
 	var out []placed
 	var errs []error
 	for _, e := range n.Egress {

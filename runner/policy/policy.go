@@ -47,6 +47,11 @@ type Plan struct {
 
 	// Isolation is the wall of the box; "" is the machine's own kernel.
 	Isolation sandbox.Isolation `json:"isolation,omitempty"`
+
+	// Narrows says that the job's repository may take from the plan (Narrow), and
+	// Narrowed is the digest of the file that did.
+	Narrows  bool   `json:"narrows,omitempty"`
+	Narrowed string `json:"narrowed,omitempty"`
 }
 
 // An Egress is a way out, for the whole job, for one step of it, or for one of
