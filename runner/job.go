@@ -159,11 +159,22 @@ func (l *life) ledger(line egress.Line) error {
 		"protocol", string(line.Protocol), "rule", line.Rule, "dialled", line.Dialled,
 		"sent", number(line.Sent), "received", number(line.Received), "duration", line.Duration.String(),
 		"method", l.out.hide(line.Request.Method), "path", l.out.hide(line.Request.Path), "status", number(int64(line.Request.Status)),
-		"lease", line.Request.Lease)
+		"lease", line.Request.Lease, "step", l.stepOf(line.Gateway), "service", l.serviceOf(line.Gateway),
+		"pid", number(int64(line.Process.PID)), "executable", l.out.hide(line.Process.Executable), "process", line.Process.Unknown)
 	if err != nil {
 		l.out.refusal(line, l.serviceOf(line.Gateway))
 	}
 	return werr
+}
+
+// stepOf is the id of the step that runs while a gateway writes a line. A service
+// runs beside all steps.
+func (l *life) stepOf(gateway string) string {
+	i, ok := l.out.now()
+	if !ok || i >= len(l.job.Steps) || l.serviceOf(gateway) != "" {
+		return ""
+	}
+	return l.job.Steps[i].ID
 }
 
 func number(n int64) string {

@@ -47,6 +47,7 @@ type stream struct {
 	out     *mask.Writer
 	at      time.Time // of the bytes that are being written
 	index   int       // step that they are from
+	running int       // step that runs now, counted from 1; 0: none does
 	midline bool
 	pending []string // lines of the agent's own, for when the job's line ends
 	left    int64    // bytes that the plan still allows
@@ -287,10 +288,20 @@ func (s *stream) hidden(text string) string {
 func (s *stream) step(state providers.StepState) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.running = 0; state.Ended.IsZero() {
+		s.running = state.Index + 1
+	}
 	if s.log == nil {
 		return s.err
 	}
 	return errors.Join(s.err, s.log.Step(state))
+}
+
+// now is the index of the step that runs.
+func (s *stream) now() (index int, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.running - 1, s.running > 0
 }
 
 // send is behind the mask.

@@ -162,6 +162,10 @@ type Sockets struct {
 	TCP *os.File // listener that all TCP to the virtual range reaches
 	DNS *os.File // UDP socket that all UDP to port 53 reaches
 	Log *os.File // netlink NFLOG socket: one packet per refused attempt; nil if the runtime has none
+	// Init is process 1 of the box as this machine counts, for the ledger to say
+	// which of its descendants made an attempt; 0 if they are not on this machine,
+	// or are no processes of its kernel.
+	Init int
 }
 
 // A Sandbox is one box.

@@ -99,21 +99,35 @@ const (
 // before the first byte and Ended after the last, or Refused, or Failed. It
 // never holds payload.
 type Line struct {
-	Time     time.Time     `json:"time"`
-	Gateway  string        `json:"gateway"`           // name given to Open
-	Network  string        `json:"network"`           // dns, tcp, udp, icmp, other
-	Name     string        `json:"name,omitempty"`    // the name the job asked for
-	Address  string        `json:"address,omitempty"` // the address the job named, if it named one
-	Port     uint16        `json:"port,omitempty"`
-	Protocol Protocol      `json:"protocol,omitempty"`
-	Verdict  Verdict       `json:"verdict"`
-	Rule     string        `json:"rule,omitempty"`   // ID of the rule that allowed it
-	Reason   string        `json:"reason,omitempty"` // why not
-	Dialled  string        `json:"dialled,omitempty"`
+	Time     time.Time `json:"time"`
+	Gateway  string    `json:"gateway"`           // name given to Open
+	Network  string    `json:"network"`           // dns, tcp, udp, icmp, other
+	Name     string    `json:"name,omitempty"`    // the name the job asked for
+	Address  string    `json:"address,omitempty"` // the address the job named, if it named one
+	Port     uint16    `json:"port,omitempty"`
+	Protocol Protocol  `json:"protocol,omitempty"`
+	Verdict  Verdict   `json:"verdict"`
+	Rule     string    `json:"rule,omitempty"`   // ID of the rule that allowed it
+	Reason   string    `json:"reason,omitempty"` // why not
+	Dialled  string    `json:"dialled,omitempty"`
+	Request  Exchange  `json:"request,omitzero"` // with HTTP and HTTPS
+	Process  Process   `json:"process,omitzero"` // of a connection, and of a question that was refused
+	Traffic
+}
+
+// Traffic is what a line says of an attempt that is over.
+type Traffic struct {
 	Sent     int64         `json:"sent,omitempty"`     // bytes from the job
 	Received int64         `json:"received,omitempty"` // bytes to the job
 	Duration time.Duration `json:"duration,omitempty"` // nanoseconds
-	Request  Exchange      `json:"request,omitzero"`   // with HTTP and HTTPS
+}
+
+// A Process is who in the box made an attempt, as far as that can be told when
+// the gateway hears of it. The job chooses what its programs are called.
+type Process struct {
+	PID        int    `json:"pid,omitempty"`        // as the box counts; 0 is not known
+	Executable string `json:"executable,omitempty"` // path in the box: printable ASCII, and bounded
+	Unknown    string `json:"unknown,omitempty"`    // why one of them is not known
 }
 
 // An Exchange is what a line says of an HTTP request. What a path or a query
@@ -138,6 +152,10 @@ type Sockets struct {
 	TCP *os.File // listener that all TCP to the virtual range reaches
 	DNS *os.File // UDP socket that all UDP to port 53 reaches
 	Log *os.File // netlink NFLOG socket: one packet per refused attempt; nil if the runtime has none
+	// Init is process 1 of the box as this machine counts, for the ledger to say
+	// which of its descendants made an attempt; 0 if they are not on this machine,
+	// or are no processes of its kernel.
+	Init int
 }
 
 // An Opening is what Open needs to know.

@@ -88,6 +88,9 @@ func (b *Box) Attach(context.Context) (sandbox.Sockets, error) {
 		return s, fmt.Errorf("box %s is attached already", b.Name)
 	}
 	b.sockets = sandbox.Sockets{}
+	if b.Process != nil {
+		s.Init = b.Process.pid
+	}
 	return s, nil
 }
 

@@ -51,6 +51,9 @@ func (b *box) Attach(context.Context) (sandbox.Sockets, error) {
 		return s, fmt.Errorf("native: box %s is attached already", b.name)
 	}
 	b.sockets = sandbox.Sockets{}
+	if b.keeper == nil && b.process != nil { // a kernel of the box's own has the sockets of all its processes
+		s.Init = b.process.Pid
+	}
 	return s, nil
 }
 

@@ -19,6 +19,7 @@ func clauses() []clause {
 	return append(append(serviceClauses(), httpsClauses()...), []clause{
 		{"empty rules allow nothing", emptyRules},
 		{"an allowed name is reached, with two lines", allowed},
+		{"a line names the process in the box, or says why not", named},
 		{"nothing moves before its line is written", lineFirst},
 		{"an attempt whose line fails is refused", ledgerFails},
 		{"nothing flows before Attach", beforeAttach},
@@ -116,7 +117,7 @@ func allowed(b *bench) error {
 	}
 	want := egress.Line{
 		Time: start.Time, Gateway: "job-1", Network: "tcp", Name: "echo.example", Port: 7,
-		Protocol: egress.TCP, Verdict: egress.Allowed, Rule: r.ID, Dialled: start.Dialled,
+		Protocol: egress.TCP, Verdict: egress.Allowed, Rule: r.ID, Dialled: start.Dialled, Process: start.Process,
 	}
 	if start != want || start.Dialled == "" || start.Time.IsZero() {
 		return fmt.Errorf("line: got %+v, want %+v with time and Dialled", start, want)
@@ -126,6 +127,33 @@ func allowed(b *bench) error {
 	}
 	if n := j.ledger.count(func(egress.Line) bool { return true }); n != 2 {
 		return fmt.Errorf("got %d lines, want 2", n)
+	}
+	return nil
+}
+
+func named(b *bench) error {
+	r, err := b.world()
+	if err != nil {
+		return err
+	}
+	j, err := b.start("job-1", r)
+	if err != nil {
+		return err
+	}
+	conn, err := j.connect("echo.example", 7)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if err := echo(conn); err != nil {
+		return err
+	}
+	start, err := j.ledger.await("allowed", is(egress.Allowed))
+	if err != nil {
+		return err
+	}
+	if p := start.Process; (p.PID <= 0 || p.Executable == "") && p.Unknown == "" {
+		return fmt.Errorf("line: got process %+v, want one, or why it is not known", p)
 	}
 	return nil
 }

@@ -62,7 +62,7 @@ func terminated(b *bench) error {
 	}
 	want := egress.Line{
 		Time: start.Time, Gateway: "job-1", Network: "tcp", Name: "web.example", Port: 443, Protocol: egress.HTTPS, Verdict: egress.Allowed,
-		Rule: r.ID, Dialled: start.Dialled, Request: egress.Exchange{Method: "POST", Path: "/a"},
+		Rule: r.ID, Dialled: start.Dialled, Process: start.Process, Request: egress.Exchange{Method: "POST", Path: "/a"},
 	}
 	if start != want || start.Dialled == "" {
 		return fmt.Errorf("line: got %+v, want %+v with Dialled", start, want)

@@ -233,6 +233,10 @@ func conductMutants(o *egresstest.Outside) map[string]mutation {
 			}
 			return next(l)
 		})),
+		"a line names the process in the box, or says why not": of(lines(func(next egress.Ledger, l egress.Line) error {
+			l.Process = egress.Process{}
+			return next(l)
+		})),
 		"nothing moves before its line is written": of(lines(func(next egress.Ledger, l egress.Line) error {
 			go next(l) // the clause opens its gate before it ends
 			return nil

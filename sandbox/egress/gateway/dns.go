@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
+	"golang.org/x/sys/unix"
 
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
 )
@@ -24,7 +25,7 @@ const (
 // resolve answers the questions of a box until its socket is closed. One at a
 // time: a ledger that blocks holds the next question back, in the kernel, which
 // drops what does not fit.
-func (b *box) resolve(conn *net.UDPConn) {
+func (b *box) resolve(conn *net.UDPConn, asker *who) {
 	buf := make([]byte, queryLimit)
 	for {
 		n, from, err := conn.ReadFromUDPAddrPort(buf)
@@ -38,6 +39,7 @@ func (b *box) resolve(conn *net.UDPConn) {
 		reply, line := b.reply(buf[:n])
 		if line.Verdict != "" {
 			line.Time = time.Now()
+			line.Process = asker.of(unix.IPPROTO_UDP, netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), netip.AddrPortFrom(egress.Resolver, 53))
 			_ = b.root.book.line(line) // it is refused anyway
 		}
 		if reply != nil {

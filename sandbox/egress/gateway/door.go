@@ -21,16 +21,17 @@ const pause = 20 * time.Millisecond
 
 // A door is the sockets of one box.
 type door struct {
-	tcp *net.TCPListener
-	dns *net.UDPConn
-	log *os.File           // nil: the runtime has none
-	net *os.File           // the network that the sockets are in; nil if it cannot be entered
-	own []*net.TCPListener // of published ports
+	tcp  *net.TCPListener
+	dns  *net.UDPConn
+	init int                // process 1 of the box, 0 if it is not known
+	log  *os.File           // nil: the runtime has none
+	net  *os.File           // the network that the sockets are in; nil if it cannot be entered
+	own  []*net.TCPListener // of published ports
 }
 
 // adopt takes the sockets over. They are closed if it fails.
 func adopt(s egress.Sockets) (*door, error) {
-	d := new(door)
+	d := &door{init: s.Init}
 	if s.TCP == nil || s.DNS == nil {
 		// Closing what is not there is an error too, of no interest.
 		_, _, _ = s.TCP.Close(), s.DNS.Close(), s.Log.Close()
@@ -126,9 +127,10 @@ func (b *box) serve(g *Gateway, d *door) error {
 	if err := b.listen(g, d); err != nil {
 		return err
 	}
-	b.door = d
+	b.door, b.who = d, newWho(d.init, b.net)
 	b.root.wg.Go(func() { g.accept(b, d.tcp, nil) })
-	b.root.wg.Go(func() { b.resolve(d.dns) })
+	asker := b.who
+	b.root.wg.Go(func() { b.resolve(d.dns, asker) })
 	if d.log != nil {
 		b.root.wg.Go(func() { b.watch(d.log) })
 	}

@@ -42,6 +42,7 @@ type exchange struct {
 // serveHTTP serves the requests of the connection. conn is the job's, or TLS on
 // top of it; h2 says that HTTP/2 was agreed on.
 func (c *session) serveHTTP(ctx context.Context, conn net.Conn, h2 bool) {
+	c.known()
 	x := &exchange{session: c}
 	silent := log.New(io.Discard, "", 0) // the ledger says what happened
 	protocols := new(http.Protocols)

@@ -119,6 +119,7 @@ type box struct {
 	door   *door    // nil before Attach
 	net    *os.File // the network of the box; nil before Attach, after Close, and if it cannot be entered
 
+	who       *who        // nil before Attach
 	published []published // since Open
 	tripwires []tripwire  // of all that were ever open
 }

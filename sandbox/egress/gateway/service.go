@@ -91,6 +91,7 @@ func (b *box) network() (*os.File, error) {
 func (b *box) leaveNetwork() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	b.who.close()
 	_ = b.net.Close() // it was only entered; nil has nothing to close
 	b.net = nil
 }

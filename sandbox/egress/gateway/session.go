@@ -17,8 +17,9 @@ type session struct {
 	box     *box
 	job     *net.TCPConn
 	started time.Time
-	line    egress.Line // what is known so far
-	grant   *grant      // nil: no rule allows the connection
+	line    egress.Line         // what is known so far
+	grant   *grant              // nil: no rule allows the connection
+	asked   chan egress.Process // gives the process once; nil: it is in line, or was not asked for
 }
 
 // A refusal is an error that the rules are the reason of.
@@ -79,6 +80,7 @@ func (c *session) decide() (reason string) {
 	if g := c.grant; g != nil {
 		c.line.Name, c.line.Port, c.line.Rule, c.line.Protocol = g.Name, g.Port, g.ID, g.Protocol
 		c.line.Address = c.job.LocalAddr().String()
+		c.ask(addrPort(c.job.LocalAddr()))
 		return ""
 	}
 	to, err := original(c.job)
@@ -86,6 +88,7 @@ func (c *session) decide() (reason string) {
 		return "the connection was not made to a virtual address"
 	}
 	c.line.Address, c.line.Port = to.Addr().String(), to.Port()
+	c.ask(to)
 	if !egress.Virtual.Contains(to.Addr()) {
 		return "the connection was not made to a virtual address; connect to a name"
 	}
@@ -118,6 +121,7 @@ func (c *session) refuse(reason string) {
 // fail writes the line of a connection that came to nothing and resets it. A
 // line that cannot be written changes nothing for the job.
 func (c *session) fail(err error) {
+	c.known()
 	l := c.line
 	l.Verdict, l.Reason = verdict(err)
 	l.Duration = time.Since(c.started)
@@ -166,6 +170,7 @@ func (c *session) pass(ctx context.Context, first []byte) {
 	}
 	defer up.Close()
 	c.line.Dialled = to
+	c.known()
 	allowed := c.line
 	allowed.Verdict = egress.Allowed
 	if c.book().line(allowed) != nil {

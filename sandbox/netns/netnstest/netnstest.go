@@ -72,6 +72,8 @@ func New(tb testing.TB) *Net {
 		TCP: os.NewFile(uintptr(fds.TCP), "tcp"),
 		DNS: os.NewFile(uintptr(fds.DNS), "dns"),
 		Log: os.NewFile(uintptr(fds.Log), "log"),
+		// What tests start in the namespace are children of the test.
+		Init: os.Getpid(),
 	}
 	tb.Cleanup(func() {
 		for _, f := range []*os.File{n.sockets.TCP, n.sockets.DNS, n.sockets.Log} {
