@@ -65,6 +65,9 @@ func (l *life) admit(ctx context.Context) (policy.Plan, error) {
 	if _, ok := l.cfg.Runtimes[plan.Runtime].(sandbox.Puller); err == nil && plan.Image != "" && !ok {
 		err = fmt.Errorf("%w: %s: image %s: boxes of runtime %q are made of no image", policy.ErrDenied, plan.Rule, plan.Image, plan.Runtime)
 	}
+	if err == nil {
+		err = l.permitted(plan)
+	}
 	var narrowed []string
 	if err == nil {
 		plan, narrowed, err = l.narrow(ctx, plan)
@@ -161,7 +164,7 @@ func (l *life) ledger(line egress.Line) error {
 		"method", l.out.hide(line.Request.Method), "path", l.out.hide(line.Request.Path), "status", number(int64(line.Request.Status)),
 		"lease", line.Request.Lease, "step", l.stepOf(line.Gateway), "service", l.serviceOf(line.Gateway),
 		"pid", number(int64(line.Process.PID)), "executable", l.out.hide(line.Process.Executable), "process", line.Process.Unknown)
-	if err != nil {
+	if err != nil || line.Verdict == egress.Learned && line.Network != "dns" {
 		l.out.refusal(line, l.serviceOf(line.Gateway))
 	}
 	return werr

@@ -139,6 +139,7 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 		return none{}, grip{}, l.cfg.Gateway.Open(ctx, gateway, egress.Opening{
 			Rules: egress.Rules{Allow: rules}, Ledger: l.ledger, Publish: ports,
 			Terminate: l.terminates(plan), Expires: l.expires(plan, deadline),
+			Learn: l.opened(plan),
 		})
 	})
 	if err != nil {

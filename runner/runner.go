@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -74,8 +75,14 @@ type Config struct {
 	Drain  time.Duration // how long the first signal waits for running jobs; 0 is until they end
 	Quotas Quotas
 	Warm   Warm
-	Once   bool         // return after one job, for "mayfly exec"
+	Once   bool // return after one job, for "mayfly exec"
+	Beyond
+}
+
+// Beyond is about what lies beyond the rules of a job.
+type Beyond struct {
 	Canary *wall.Canary // what boxes must not reach on this host; nil is none
+	Learn  Learning
 }
 
 // An Agent runs jobs. Make one with New, call Run once.
@@ -88,6 +95,8 @@ type Agent struct {
 
 	mu   sync.Mutex
 	jobs map[string]string // logs that may own something, and whose they are: the reaper keeps off them
+
+	learning map[string]bool // jobs that may reach what no rule allows
 
 	kept keptBoxes
 	pool *pool
@@ -117,7 +126,7 @@ func New(cfg Config, state *State) (*Agent, error) {
 	if err := errors.Join(errs...); err != nil {
 		return nil, fmt.Errorf("agent: %w", err)
 	}
-	a := &Agent{cfg: cfg, state: state, slots: newSlots(cfg.Slots, cfg.Quotas), polls: newPolls(cfg.Providers), jobs: map[string]string{}}
+	a := &Agent{cfg: cfg, state: state, slots: newSlots(cfg.Slots, cfg.Quotas), polls: newPolls(cfg.Providers), jobs: map[string]string{}, learning: map[string]bool{}}
 	a.rules.Store(cfg.Policy)
 	a.pool = newPool(a)
 	return a, nil
@@ -224,6 +233,7 @@ func (a *Agent) enlist(job string) func() {
 		a.mu.Lock()
 		defer a.mu.Unlock()
 		maps.DeleteFunc(a.jobs, func(_, owner string) bool { return owner == job })
+		delete(a.learning, job)
 	}
 }
 
@@ -240,6 +250,9 @@ func (a *Agent) audit(ctx context.Context, job, action, object string, err error
 	e := audit.Event{Time: time.Now(), Job: job, Action: action, Object: object, Result: "ok"}
 	if err != nil {
 		e.Result = err.Error()
+	}
+	if a.learns(job) {
+		kv = append(slices.Clip(kv), "mode", egress.ModeAudit)
 	}
 	for i := 0; i+1 < len(kv); i += 2 {
 		if kv[i+1] == "" {

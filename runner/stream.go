@@ -252,6 +252,9 @@ func (s *stream) refusal(line egress.Line, service string) {
 	}
 	s.shown[key] = true
 	text, rule := fmt.Sprintf("%s: %s", line.Verdict, line.Reason), line.Suggest()
+	if line.Verdict == egress.Learned {
+		text = "learned: no rule allows this yet"
+	}
 	if service != "" {
 		text = "service " + service + ": " + text
 		if inner, ok := strings.CutSuffix(rule, "}"); ok {
@@ -260,7 +263,7 @@ func (s *stream) refusal(line egress.Line, service string) {
 	}
 	if len(s.shown) > refusalsShown {
 		text = "more attempts were refused: see the ledger (mayfly audit show)"
-	} else if rule != "" && line.Verdict == egress.Refused {
+	} else if rule != "" {
 		text += "; a rule that would allow it: " + rule
 	}
 	s.at = time.Now()

@@ -60,6 +60,9 @@ func idle(cfg *configs.Config, rules *policy.Policy) []string {
 			warnings = append(warnings, p.Rule+": keep-on-failure: no box is kept, for the configuration has keep: 0")
 		}
 	}
+	for _, rule := range learningRules(rules) {
+		warnings = append(warnings, rule+": mode: audit: its jobs reach every name, and nothing is refused")
+	}
 	return warnings
 }
 
@@ -87,7 +90,7 @@ func checkNames(cfg *configs.Config, rules *policy.Policy) error {
 // checkRules looks for the runtimes that the policy names, and lets the issuers
 // judge what it would have them asked for.
 func (w *wiring) checkRules(rules *policy.Policy) error {
-	errs := []error{checkWarm(w.config, rules)}
+	errs := []error{checkWarm(w.config, rules), w.checkLearning(rules)}
 	for _, p := range rules.Places() {
 		section, ok := w.config.Runtimes[p.Runtime]
 		if !ok {
@@ -290,6 +293,9 @@ func explain(e policy.Explanation) string {
 		where += ", isolation " + string(p.Isolation)
 	}
 	fmt.Fprintf(&b, "\ngranted by %s\n  runtime %s, at most %v\n", p.Rule, where, p.Timeout)
+	if p.Mode != "" {
+		fmt.Fprintf(&b, "  mode %s: any other name too, where the agent's configuration lets jobs learn; each is written down\n", p.Mode)
+	}
 	switch {
 	case p.Narrowed != "":
 		fmt.Fprintf(&b, "  narrowed by the repository's file, %s\n", p.Narrowed)
@@ -310,7 +316,7 @@ func explain(e policy.Explanation) string {
 				x.Value, x.Rule.Name, x.Rule.Port, strings.TrimSpace(string(in.As)+" "+in.Name))
 		}
 	}
-	if len(p.Egress)+len(p.Leases) == 0 {
+	if len(p.Egress)+len(p.Leases)+len(p.Mode) == 0 {
 		b.WriteString("  no way out and no credentials\n")
 	}
 	for _, step := range e.AbsentSteps {

@@ -132,7 +132,7 @@ func (w *wiring) examine() []finding {
 	fs = append(fs, w.examineIdentity()...)
 	fs = append(fs, w.examineOutbound(ctx)...)
 	fs = append(fs, finding{"policy", w.policyFile, stateOK, w.agent.Policy.Digest()})
-	return slices.Concat(fs, examineGateway(), w.examineState(), w.examineSlots(), w.examineWarm(), w.examineMonitor(), w.examineGit(ctx))
+	return slices.Concat(fs, examineGateway(), w.examineLearning(), w.examineState(), w.examineSlots(), w.examineWarm(), w.examineMonitor(), w.examineGit(ctx))
 }
 
 // examineGateway says whose certificates jobs see and whose the gateway believes.

@@ -183,6 +183,9 @@ func (w *wiring) gateway() error {
 		c.Never = append(c.Never, own) // also for "mayfly exec" beside the agent
 	}
 	c.Parent, c.Roots = w.parent(), w.out.Roots()
+	if w.agent.Learn, err = learningOf(w.config.Gateway); err != nil {
+		return exitError{exitUsage, err}
+	}
 	if w.agent.Gateway, err = gateway.New(c); err != nil {
 		return err
 	}
@@ -221,15 +224,6 @@ func (w *wiring) gitCache() error {
 func (w *wiring) gitCacheConfig() gitcache.Config {
 	c := w.config.GitCache
 	return gitcache.Config{Dir: c.Dir, Size: c.Size, Age: c.Age, Time: c.Time}
-}
-
-func gatewayConfig(section configs.Section) (gateway.Config, error) {
-	var own struct {
-		Names int `yaml:"names"`
-		Conns int `yaml:"connections"`
-	}
-	err := section.Decode(&own)
-	return gateway.Config{Names: own.Names, Conns: own.Conns}, err
 }
 
 func (w *wiring) auditDir() string { return filepath.Join(w.state.Dir, "audit") }

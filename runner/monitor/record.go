@@ -118,7 +118,7 @@ func (r *Record) count(e audit.Event) {
 	default:
 		if network, ok := strings.CutPrefix(e.Action, "egress."); ok {
 			r.egress.WithLabelValues(oneOf(network, "dns", "tcp", "udp", "icmp"),
-				oneOf(e.Detail["verdict"], "allowed", "refused", "failed", "ended")).Inc()
+				oneOf(e.Detail["verdict"], "allowed", "learned", "refused", "failed", "ended")).Inc()
 		}
 	}
 }

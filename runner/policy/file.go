@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/mayfly-ci/mayfly/configs/strict"
+	"github.com/mayfly-ci/mayfly/providers"
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
 )
@@ -36,6 +37,7 @@ type ruleNode struct {
 	Keep    keepSpan     `yaml:"keep-on-failure"`
 	Wall    isolation    `yaml:"isolation"`
 	Narrow  bool         `yaml:"narrow"`
+	Mode    mode         `yaml:"mode"`
 }
 
 type match struct {
@@ -118,7 +120,7 @@ func decode(src []byte, file string) ([]rule, error) {
 // rule turns one rule of the file into what Decide uses.
 func (n ruleNode) rule() (rule, error) {
 	r := rule{match: n.Match, plan: n.basics()}
-	r.plan.Isolation, r.plan.Narrows = sandbox.Isolation(n.Wall), n.Narrow
+	r.plan.Isolation, r.plan.Narrows, r.plan.Mode = sandbox.Isolation(n.Wall), n.Narrow, string(n.Mode)
 	var out []placed
 	var errs []error
 	for _, e := range n.Egress {
@@ -133,7 +135,7 @@ func (n ruleNode) rule() (rule, error) {
 		_, all, _ := l.brokers() // what is wrong with them is said below
 		out = append(out, all...)
 	}
-	errs = append(errs, n.checkTTL(), n.checkPull(), contradictions(out), overlaps(n.Leases, leaseKeys))
+	errs = append(errs, n.checkTTL(), n.checkPull(), n.checkMode(), contradictions(out), overlaps(n.Leases, leaseKeys))
 	names := map[leaseName]bool{}
 	for _, l := range n.Leases {
 		if names[l.Name] {
@@ -171,6 +173,14 @@ func (n ruleNode) checkPull() error {
 		}
 	}
 	return at.Errorf("lease %s is not among the leases of this rule", n.Pull)
+}
+
+// checkMode keeps strangers from learning what is open to them.
+func (n ruleNode) checkMode() error {
+	if n.Mode != "" && n.Match.Trust.match(string(providers.TrustFork)) {
+		return n.Self.At("mode").Errorf("mode %s opens every name to the job, and trust fork is anybody's code: take fork out of this rule", n.Mode)
+	}
+	return nil
 }
 
 func (n ruleNode) checkTTL() error {

@@ -63,6 +63,9 @@ func (p Plan) Narrow(src []byte, file string) (Plan, error) {
 	if err != nil {
 		return Plan{}, fmt.Errorf("%w: %s: the repository's file may only narrow: %w", ErrDenied, p.Rule, err)
 	}
+	if n.Egress != nil {
+		p.Mode = "" // what stays is all there is
+	}
 	p.Narrowed = fmt.Sprintf("sha256:%x", sha256.Sum256(src))
 	return p, nil
 }

@@ -52,6 +52,9 @@ type Plan struct {
 	// Narrowed is the digest of the file that did.
 	Narrows  bool   `json:"narrows,omitempty"`
 	Narrowed string `json:"narrowed,omitempty"`
+	// Mode is egress.ModeAudit for a job that may reach what no rule allows, where
+	// the agent's configuration lets it; "" is enforcement.
+	Mode string `json:"mode,omitempty"`
 }
 
 // An Egress is a way out, for the whole job, for one step of it, or for one of
@@ -229,6 +232,7 @@ type Place struct {
 	Runtime string
 	Image   string
 	Keeps   bool // the box of a failed job
+	Learns  bool // mode: audit
 
 	Isolation sandbox.Isolation
 }
@@ -238,7 +242,7 @@ type Place struct {
 func (p *Policy) Places() []Place {
 	var ps []Place
 	for _, r := range p.rules {
-		ps = append(ps, Place{r.plan.Rule, r.plan.Runtime, r.plan.Image, r.plan.Keep > 0, r.plan.Isolation})
+		ps = append(ps, Place{r.plan.Rule, r.plan.Runtime, r.plan.Image, r.plan.Keep > 0, r.plan.Mode != "", r.plan.Isolation})
 	}
 	return ps
 }

@@ -134,6 +134,18 @@ func (i *image) UnmarshalText(b []byte) error {
 	return word(b, "an image", `[A-Za-z0-9][A-Za-z0-9._/:@-]{0,254}`)
 }
 
+// mode says what becomes of what no rule allows. Refusal has no word: it is what
+// is left when there is none.
+type mode string
+
+func (m *mode) UnmarshalText(b []byte) error {
+	if string(b) != egress.ModeAudit {
+		return fmt.Errorf("unknown mode %q (known: audit, which lets the job reach any name and writes it down; without the key egress is enforced)", b)
+	}
+	*m = mode(b)
+	return nil
+}
+
 // isolation is the wall of a box.
 type isolation sandbox.Isolation
 

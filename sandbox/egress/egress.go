@@ -90,7 +90,10 @@ const (
 	Allowed Verdict = "allowed"
 	Refused Verdict = "refused" // by the rules
 	Failed  Verdict = "failed"  // allowed, but the destination was not reached
-	// Ended closes an Allowed attempt: a second line, with what was moved. The
+	// Learned is Allowed by no rule, because the gateway learns. Of a question it
+	// is about a name that was asked for the first time.
+	Learned Verdict = "learned"
+	// Ended closes an Allowed or a Learned attempt: a second line, with what was moved. The
 	// first one is written before anything is, so that nothing moves unwritten.
 	Ended Verdict = "ended"
 )
@@ -112,6 +115,8 @@ type Line struct {
 	Dialled  string    `json:"dialled,omitempty"`
 	Request  Exchange  `json:"request,omitzero"` // with HTTP and HTTPS
 	Process  Process   `json:"process,omitzero"` // of a connection, and of a question that was refused
+	// Mode is "audit" in every line of a gateway that learns.
+	Mode string `json:"mode,omitempty"`
 	Traffic
 }
 
@@ -166,6 +171,8 @@ type Opening struct {
 	// with a parent has no box of its own: it widens its parent until it is
 	// closed. This is how a rule is bound to one step.
 	Parent string
+	// Learn lets the box reach what no rule allows. Not with a Parent. nil: nothing.
+	Learn *Learning
 	// Publish are listeners in the box, from Attach on. Not with a Parent.
 	Publish []Published
 	// Terminate are names, beside those of Rules, that the authority is made
@@ -174,6 +181,20 @@ type Opening struct {
 	// Expires is when the box is gone at the latest. The authority is valid no
 	// longer. Zero: a day.
 	Expires time.Time
+}
+
+// ModeAudit marks what was done while no rule was needed.
+const ModeAudit = "audit"
+
+// Learning is how far a box may go for which there are no rules yet: to any name,
+// at any port, by any protocol over TCP, for one of the job's own requests as
+// well. Each attempt is written as Learned. Metadata addresses and the agent's
+// own listeners stay out of reach, what says of itself that it is another's
+// credential too, and raw addresses are none of a name.
+type Learning struct {
+	// Private are the addresses, beside public ones, that such names may resolve
+	// to.
+	Private []netip.Prefix
 }
 
 // A Terminator is a Gateway that carries HTTPS. Others refuse such rules.

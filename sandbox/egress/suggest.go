@@ -2,8 +2,8 @@ package egress
 
 import "fmt"
 
-// Suggest renders the policy rule that would allow a refused line, for the user
-// to paste:
+// Suggest renders the policy rule that would allow a refused line, or a learned
+// one, for the user to paste:
 //
 //   - {name: example.com, port: 443, protocol: tls}
 //
@@ -11,7 +11,7 @@ import "fmt"
 // It is empty where a further rule would not help, and where a job used an
 // address, because rules are about names; Reason then says what would.
 func (l Line) Suggest() string {
-	if l.Verdict != Refused || l.Name == "" || l.Rule != "" {
+	if l.Verdict != Refused && l.Verdict != Learned || l.Name == "" || l.Rule != "" {
 		return ""
 	}
 	port := l.Port
@@ -26,6 +26,9 @@ func (l Line) Suggest() string {
 		protocol = TLS
 	case 80:
 		protocol = HTTP
+	}
+	if l.Protocol != "" {
+		protocol = l.Protocol
 	}
 	return fmt.Sprintf("- {name: %s, port: %d, protocol: %s}", l.Name, port, protocol)
 }

@@ -40,7 +40,9 @@ func (b *box) resolve(conn *net.UDPConn, asker *who) {
 		if line.Verdict != "" {
 			line.Time = time.Now()
 			line.Process = asker.of(unix.IPPROTO_UDP, netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), netip.AddrPortFrom(egress.Resolver, 53))
-			_ = b.root.book.line(line) // it is refused anyway
+			if b.root.book.line(line) != nil && line.Verdict == egress.Learned {
+				continue // a refused one is refused anyway
+			}
 		}
 		if reply != nil {
 			_, _ = conn.WriteToUDPAddrPort(reply, from) // nobody may be there any more
@@ -76,13 +78,16 @@ func (b *box) reply(packet []byte) ([]byte, egress.Line) {
 	if ownReverse(name) {
 		return pack(h, &q, netip.Addr{}), egress.Line{}
 	}
-	addr, why := b.answer(name)
+	addr, why, learned := b.answer(name)
 	if why != "" {
 		return pack(h, &q, netip.Addr{}), dnsRefusal(name, why)
 	}
 	h.RCode = dnsmessage.RCodeSuccess
 	if q.Type != dnsmessage.TypeA || q.Class != dnsmessage.ClassINET {
 		addr = netip.Addr{} // no data of this type; HTTPS records would carry ECH keys
+	}
+	if learned {
+		return pack(h, &q, addr), egress.Line{Network: "dns", Name: name, Verdict: egress.Learned}
 	}
 	return pack(h, &q, addr), egress.Line{}
 }

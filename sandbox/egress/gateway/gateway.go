@@ -194,6 +194,7 @@ func (g *Gateway) Open(ctx context.Context, name string, o egress.Opening) error
 		return fmt.Errorf("gateway %s: is open already", name)
 	}
 	b := newBox()
+	b.learn = o.Learn
 	var err error
 	if b.authority, err = newAuthority(o); err != nil {
 		return fmt.Errorf("gateway %s: %w", name, err)

@@ -179,8 +179,9 @@ func (x *exchange) serve(w http.ResponseWriter, r *http.Request) {
 			v.line.Dialled, err = x.connect(ctx)
 		}
 	}
-	v.line.Verdict = egress.Allowed
-	if err != nil {
+	if err == nil {
+		v.line.Verdict = v.grant.verdict()
+	} else {
 		v.line.Verdict, v.line.Reason = verdict(err)
 	}
 	if lost := v.book(c).line(v.line); lost != nil || err != nil {
@@ -311,8 +312,7 @@ func (x *exchange) connect(ctx context.Context) (string, error) {
 		return x.to, nil
 	}
 	c := x.session
-	rule := c.grant.Rule
-	conn, to, err := c.gateway.reach(ctx, rule)
+	conn, to, err := c.gateway.reach(ctx, c.grant)
 	if err != nil {
 		return "", err
 	}
@@ -342,7 +342,7 @@ func (x *exchange) redial(ctx context.Context, network string, p *http.Protocols
 	defer cancel()
 	var conn net.Conn
 	var err error
-	if rule := x.session.grant.Rule; g.cfg.Parent != nil && g.cfg.Parent.Covers(rule.Name) {
+	if rule := x.session.grant; g.cfg.Parent != nil && g.cfg.Parent.Covers(rule.Name) {
 		conn, err = g.tunnel(ctx, rule)
 	} else {
 		conn, err = g.cfg.Dial(ctx, network, to)

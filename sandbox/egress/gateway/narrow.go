@@ -159,6 +159,9 @@ func (c *session) allow(r *http.Request) (*permit, error) {
 		}
 	}
 	if held == nil {
+		if p := c.learnRequest(r); p != nil {
+			return p, nil
+		}
 		return nil, denied("%s", best)
 	}
 	if why := held.use.judge(r); why != "" {

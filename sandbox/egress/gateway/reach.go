@@ -19,7 +19,7 @@ const attempts = 6
 // reach connects to the destination of a rule, and returns the address that was
 // judged and dialled: what is at the other end of the connection may be a proxy.
 // The error is a refusal if the rules forbid every address that the name has.
-func (g *Gateway) reach(ctx context.Context, r egress.Rule) (net.Conn, string, error) {
+func (g *Gateway) reach(ctx context.Context, r *grant) (net.Conn, string, error) {
 	ctx, cancel := g.soon(ctx)
 	defer cancel()
 	if p := g.cfg.Parent; p != nil && p.Covers(r.Name) {
@@ -43,7 +43,10 @@ func (g *Gateway) reach(ctx context.Context, r egress.Rule) (net.Conn, string, e
 }
 
 // tunnel connects through the parent proxy. Nothing else is tried.
-func (g *Gateway) tunnel(ctx context.Context, r egress.Rule) (net.Conn, error) {
+func (g *Gateway) tunnel(ctx context.Context, r *grant) (net.Conn, error) {
+	if r.learned {
+		return nil, refused("what %s resolves to has to be seen where no rule names it, and the parent proxy looks it up unseen: learn without (no_proxy)", r.Name)
+	}
 	if len(r.Resolve) > 0 {
 		return nil, refused("the rule says what %s may resolve to, and the parent proxy looks it up unseen: reach it without (no_proxy), or take resolve out of the rule", r.Name)
 	}
@@ -90,7 +93,7 @@ func innermost(err error) error {
 }
 
 // lookup returns the addresses of a rule's name that may be dialled, judged.
-func (g *Gateway) lookup(ctx context.Context, r egress.Rule) ([]netip.Addr, error) {
+func (g *Gateway) lookup(ctx context.Context, r *grant) ([]netip.Addr, error) {
 	var found []netip.Addr
 	ask := len(r.Resolve) == 0
 	for _, p := range r.Resolve {
@@ -115,7 +118,7 @@ func (g *Gateway) lookup(ctx context.Context, r egress.Rule) ([]netip.Addr, erro
 	own := g.ownAddresses()
 	for _, a := range found {
 		a = a.Unmap()
-		if why := g.judge(a, r, own); why != "" {
+		if why := g.judge(a, r.Rule, own); why != "" && !g.opens(a, r, own) {
 			bad = append(bad, why)
 		} else if len(good) < attempts {
 			good = append(good, a)
@@ -167,6 +170,14 @@ func (g *Gateway) judge(a netip.Addr, r egress.Rule, own func(netip.Addr) bool) 
 		return fmt.Sprintf("%v, a %s; if that is meant, add resolve: [%v] to the rule", a, what, a)
 	}
 	return ""
+}
+
+// opens says whether the operator lets names that no rule allows resolve to a
+// private address.
+func (g *Gateway) opens(a netip.Addr, r *grant, own func(netip.Addr) bool) bool {
+	open := r.Rule
+	open.Resolve = r.private
+	return len(r.private) > 0 && g.judge(a, open, own) == ""
 }
 
 // ownAddresses tells the addresses of this machine from others. They are asked

@@ -31,6 +31,9 @@ func validate(o egress.Opening) error {
 	for _, r := range o.Rules.Allow {
 		add(r, validateRule(r))
 	}
+	if o.Parent != "" && o.Learn != nil {
+		all = append(all, fmt.Errorf("%w: learning belongs to the gateway that has the box", egress.ErrBadRules))
+	}
 	if o.Parent != "" && (len(o.Terminate) > 0 || !o.Expires.IsZero()) {
 		all = append(all, fmt.Errorf("%w: terminate and expires belong to the gateway that has the box", egress.ErrBadRules))
 	}

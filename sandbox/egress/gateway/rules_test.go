@@ -105,8 +105,8 @@ func TestVirtualAddresses(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := g.scopes["job"].box
-	a1, _ := b.answer("a.example")
-	b1, _ := b.answer("b.example")
+	a1, _, _ := b.answer("a.example")
+	b1, _, _ := b.answer("b.example")
 	if a1 == b1 || !egress.Virtual.Contains(a1) || !egress.Virtual.Contains(b1) {
 		t.Errorf("virtual addresses: got %v and %v, want two of %v", a1, b1, egress.Virtual)
 	}

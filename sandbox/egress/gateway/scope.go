@@ -20,6 +20,7 @@ const virtualAddresses = 1<<(32-15) - 1
 // A book writes the lines of one scope, one at a time.
 type book struct {
 	name  string
+	mode  string
 	write egress.Ledger
 	mu    sync.Mutex
 	lost  int
@@ -30,7 +31,7 @@ type book struct {
 func (b *book) line(l egress.Line) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	l.Gateway = b.name
+	l.Gateway, l.Mode = b.name, b.mode
 	err := b.write(l)
 	if err != nil {
 		if b.lost++; b.first == nil {
@@ -65,6 +66,9 @@ func newScope(name string, b *box, ledger egress.Ledger) *scope {
 	if b.root == nil {
 		b.root = s
 	}
+	if b.learn != nil {
+		s.book.mode = egress.ModeAudit
+	}
 	return s
 }
 
@@ -85,8 +89,10 @@ func (s *scope) idle() <-chan struct{} {
 type grant struct {
 	egress.Rule
 	scope   *scope
-	into    *box      // of a rule with a Service
-	narrows []*narrow // the rule's Requests
+	learned bool           // there is no such rule
+	private []netip.Prefix // that the name may resolve to, beside public ones
+	into    *box           // of a rule with a Service
+	narrows []*narrow      // the rule's Requests
 	inject  *injection
 }
 
@@ -119,9 +125,10 @@ type box struct {
 	door   *door    // nil before Attach
 	net    *os.File // the network of the box; nil before Attach, after Close, and if it cannot be entered
 
-	who       *who        // nil before Attach
-	published []published // since Open
-	tripwires []tripwire  // of all that were ever open
+	learn     *egress.Learning // nil: rules are needed
+	who       *who             // nil before Attach
+	published []published      // since Open
+	tripwires []tripwire       // of all that were ever open
 }
 
 func newBox() *box {
@@ -207,22 +214,23 @@ func virtualAddress(n int) netip.Addr {
 	return netip.AddrFrom4(a)
 }
 
-// answer gives the virtual address of a name that some rule allows, or says why
-// there is none.
-func (b *box) answer(name string) (netip.Addr, string) {
+// answer gives the virtual address of a name that some rule allows, or that the
+// box learns now, or says why there is none.
+func (b *box) answer(name string) (addr netip.Addr, why string, learned bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	d, wild := b.byName[name], b.byName[wildcard(name)]
-	if (d == nil || len(d.grants) == 0) && (wild == nil || len(wild.grants) == 0) {
-		return netip.Addr{}, "no rule allows this name"
+	known := d != nil && len(d.grants) > 0 || wild != nil && len(wild.grants) > 0
+	if !known && !b.learns(name) {
+		return netip.Addr{}, "no rule allows this name", false
 	}
 	if d == nil {
 		if len(b.byName) >= b.limit {
-			return netip.Addr{}, fmt.Sprintf("the job has asked for %d names, and no more are allowed", b.limit)
+			return netip.Addr{}, fmt.Sprintf("the job has asked for %d names, and no more are allowed", b.limit), false
 		}
-		d = b.destine(name)
+		d, learned = b.destine(name), !known
 	}
-	return d.addr, ""
+	return d.addr, "", learned
 }
 
 // decide finds the grant for a connection to a virtual address, and the name
@@ -236,6 +244,9 @@ func (b *box) decide(to netip.AddrPort) (name string, g *grant) {
 	}
 	if all := b.grants(d, to.Port()); len(all) > 0 {
 		return d.name, &all[0]
+	}
+	if b.learns(d.name) {
+		return d.name, b.learned(d.name, to.Port(), "")
 	}
 	return d.name, nil
 }

@@ -72,6 +72,8 @@ func (c *session) serve() {
 		c.pass(ctx, hello)
 	case egress.TCP:
 		c.pass(ctx, nil)
+	default:
+		c.learn(ctx)
 	}
 }
 
@@ -149,7 +151,7 @@ func reset(conn net.Conn) {
 // returns what the ledger calls that.
 func (c *session) reach(ctx context.Context) (net.Conn, string, error) {
 	if c.grant.into == nil {
-		return c.gateway.reach(ctx, c.grant.Rule)
+		return c.gateway.reach(ctx, c.grant)
 	}
 	ctx, cancel := c.gateway.soon(ctx)
 	defer cancel()
@@ -172,7 +174,7 @@ func (c *session) pass(ctx context.Context, first []byte) {
 	c.line.Dialled = to
 	c.known()
 	allowed := c.line
-	allowed.Verdict = egress.Allowed
+	allowed.Verdict = c.grant.verdict()
 	if c.book().line(allowed) != nil {
 		reset(c.job)
 		return
