@@ -178,6 +178,9 @@ type jobFile struct {
 }
 
 func runPolicy(c *call) error {
+	if len(c.args) > 0 && c.args[0] == "suggest" {
+		return c.suggest()
+	}
 	var jobPath, policyPath, narrowPath string
 	o, err := c.flags("policy", 1, func(fs *flag.FlagSet) {
 		fs.StringVar(&jobPath, "job", "", "JSON file with the facts of a job: provider, repository, ref, event, trust, …")
@@ -188,7 +191,7 @@ func runPolicy(c *call) error {
 		return err
 	}
 	if len(o.args) != 1 || o.args[0] != "explain" || jobPath == "" {
-		return usageError("want: mayfly policy explain --job FILE [--policy FILE]")
+		return usageError("want: mayfly policy explain --job FILE [--policy FILE], or mayfly policy suggest JOB")
 	}
 	if policyPath == "" {
 		cfg, err := configs.Load(o.config)

@@ -96,6 +96,31 @@ func OpenLog(dir, id string) (io.ReadCloser, error) {
 	return f, nil
 }
 
+// Find returns the id of the job that an agent claimed under name; fs.ErrNotExist
+// if the spool has none.
+func Find(dir, name string) (string, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return "", fmt.Errorf("spool: %w", err)
+	}
+	found := ""
+	ids, err := fs.ReadDir(root.FS(), dirDone)
+	for _, d := range ids {
+		b, rerr := root.ReadFile(path.Join(dirDone, d.Name(), "claim.json"))
+		var r record
+		if rerr == nil && json.Unmarshal(b, &r) == nil && r.Name == name {
+			found = d.Name()
+		}
+	}
+	if err = errors.Join(err, root.Close()); err == nil && found == "" {
+		err = fs.ErrNotExist
+	}
+	if err != nil {
+		return "", fmt.Errorf("job %s: %w", name, err)
+	}
+	return found, nil
+}
+
 // ReadSteps returns the states of a job's steps, in the order in which they
 // were first told.
 func ReadSteps(dir, id string) ([]providers.StepState, error) {
