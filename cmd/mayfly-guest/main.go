@@ -6,6 +6,7 @@
 //	mayfly-guest box                makes the box of the native runtime, then serves
 //	mayfly-guest stdio [EXPIRES]    the stream is descriptors 0 and 1
 //	mayfly-guest listen [EXPIRES]   the stream is the first connection to it
+//	mayfly-guest keep [EXPIRES]     as listen, for an enter in a kernel of its own
 //
 // EXPIRES is the Unix time, in seconds, at which it exits whatever happens. It
 // exits with 0 when the stream ends, 1 on an error, 2 if it is called wrongly.
@@ -17,6 +18,7 @@ import (
 	"time"
 
 	"github.com/mayfly-ci/mayfly/sandbox/guest/serve"
+	"github.com/mayfly-ci/mayfly/sandbox/gvisor/keeper"
 	"github.com/mayfly-ci/mayfly/sandbox/native/boxinit"
 )
 
@@ -44,9 +46,15 @@ func run(args []string) int {
 		err = serve.OnDescriptor(3, o)
 	case "enter":
 		o.Direct = true
-		if err = boxinit.Enter(); err == nil {
+		if err = keeper.Enter(); err == nil {
 			err = serve.OnDescriptor(3, o)
 		}
+	case "keep":
+		expires := uint64(0)
+		if !o.Expires.IsZero() {
+			expires = uint64(o.Expires.Unix())
+		}
+		err = keeper.OnListener(boxinit.Host, expires)
 	case "stdio":
 		err = serve.OnStdio(o)
 	case "listen":
@@ -61,7 +69,7 @@ func run(args []string) int {
 }
 
 func usage() int {
-	return fail("usage: mayfly-guest box | serve|enter|stdio|listen [EXPIRES]\n", 2)
+	return fail("usage: mayfly-guest box | serve|enter|stdio|listen|keep [EXPIRES]\n", 2)
 }
 
 // fail prints what is wrong. If that cannot be printed there is nobody to read it.

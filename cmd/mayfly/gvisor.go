@@ -6,6 +6,7 @@ import (
 	"github.com/mayfly-ci/mayfly/configs"
 	"github.com/mayfly-ci/mayfly/runner/policy"
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/gvisor"
 	"github.com/mayfly-ci/mayfly/sandbox/native"
 )
 
@@ -15,11 +16,11 @@ type gvisorNode struct {
 	Platform string `yaml:"platform"`
 }
 
-func (n *gvisorNode) config(section configs.Section) (native.GVisor, error) {
+func (n *gvisorNode) config(section configs.Section) (gvisor.Config, error) {
 	if n == nil {
-		return native.GVisor{}, nil
+		return gvisor.Config{}, nil
 	}
-	g := native.GVisor{Runsc: n.Runsc, Platform: n.Platform}
+	g := gvisor.Config{Runsc: n.Runsc, Platform: n.Platform}
 	if err := g.Validate(); err != nil {
 		return g, section.Errorf("gvisor", "%w", err)
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/guest"
+	"github.com/mayfly-ci/mayfly/sandbox/gvisor"
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 	"github.com/mayfly-ci/mayfly/sandbox/native/boxinit"
 )
@@ -136,8 +137,8 @@ func (r *Runtime) build(ctx context.Context, b *box, s sandbox.Spec, from base) 
 		r.cfg.Trace("native.disk")
 	}
 	if err == nil && b.runsc != nil {
-		setup.Platform = r.cfg.GVisor.Platform
-		setup.Bundle, err = bundle(setup.Expires, setup.Filter)
+		setup.Platform = r.runsc.Platform()
+		setup.Bundle, err = bundle(setup)
 	}
 	if err == nil {
 		err = far.send(setup.Encode(), fds)
@@ -230,7 +231,7 @@ func (r *Runtime) start(b *box, first uint32) (*sockets, error) {
 	}
 	files[0], files[1], files[2], files[boxinit.GuestFD] = null, null, null, r.guest
 	if b.runsc != nil {
-		if b.complaint, err = newComplaint(); err != nil {
+		if b.complaint, err = gvisor.NewComplaint(); err != nil {
 			return nil, errors.Join(err, near.close(), closeAll(append(guestEnds, null)))
 		}
 		files[2], files[boxinit.RunscFD] = b.complaint, b.runsc

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/gvisor"
 )
 
 // createWalled makes a box with a kernel of its own.
@@ -275,7 +276,7 @@ func TestGVisorRefused(t *testing.T) {
 	if _, err := newRuntime(t, config(t)).Create(bounded(t), "box", sandbox.Spec{Isolation: "kata"}); !errors.Is(err, sandbox.ErrUnsupported) {
 		t.Errorf("isolation kata: got %v, want ErrUnsupported", err)
 	}
-	for _, g := range []GVisor{{Runsc: "runsc"}, {Runsc: "/a/../b"}, {Runsc: "/a", Platform: "ptrace"}} {
+	for _, g := range []gvisor.Config{{Runsc: "runsc"}, {Runsc: "/a/../b"}, {Runsc: "/a", Platform: "ptrace"}} {
 		cfg := config(t)
 		cfg.GVisor = g
 		if _, err := New(cfg); err == nil {

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/gvisor"
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 	"github.com/mayfly-ci/mayfly/test/servertest"
 )
@@ -112,7 +113,7 @@ func config(t testing.TB) Config {
 		t.Fatal(err)
 	}
 	return Config{
-		StateDir: t.TempDir(), Owner: "test", Guest: g, CgroupParent: testParent(os.Getpid()), GVisor: GVisor{Runsc: os.Getenv(runscEnv)},
+		StateDir: t.TempDir(), Owner: "test", Guest: g, CgroupParent: testParent(os.Getpid()), GVisor: gvisor.Config{Runsc: os.Getenv(runscEnv)},
 		Limits: sandbox.Limits{Memory: 1 << 30, Pids: 512, MilliCPU: 2000, Disk: 2 << 30, Inodes: 200_000},
 	}
 }
@@ -192,7 +193,7 @@ func child(point string) error {
 		}
 	}
 	cfg := Config{
-		StateDir: os.Getenv("MAYFLY_NATIVE_STATE"), Owner: "test", Guest: g, Trace: die, GVisor: GVisor{Runsc: os.Getenv(runscEnv)},
+		StateDir: os.Getenv("MAYFLY_NATIVE_STATE"), Owner: "test", Guest: g, Trace: die, GVisor: gvisor.Config{Runsc: os.Getenv(runscEnv)},
 		CgroupParent: testParent(os.Getppid()), Unprivileged: os.Geteuid() != 0,
 		Limits: sandbox.Limits{Disk: 64 << 20, Inodes: 4096, Pids: 64},
 	}

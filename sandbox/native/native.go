@@ -43,6 +43,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/gvisor"
 	"github.com/mayfly-ci/mayfly/sandbox/image"
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 	"github.com/mayfly-ci/mayfly/sandbox/native/boxinit"
@@ -83,7 +84,7 @@ type Config struct {
 	// Unprivileged accepts what an ordinary user cannot enforce.
 	Unprivileged bool
 	// GVisor is for boxes with a kernel of their own.
-	GVisor GVisor
+	GVisor gvisor.Config
 	// Trace is called between outside effects, for crash tests.
 	Trace func(point string)
 }
@@ -96,7 +97,7 @@ type Runtime struct {
 	ids    kernel.IDs
 	filter []byte
 	guest  *os.File // sealed
-	runsc  runscVersion
+	runsc  *gvisor.Runsc
 
 	names kernel.Names // in work
 
@@ -141,10 +142,7 @@ func (c *Config) complete() error {
 		}
 	}
 	if err := c.GVisor.Validate(); err != nil {
-		return fmt.Errorf("native: gVisor: %w", err)
-	}
-	if c.GVisor.Platform == "" {
-		c.GVisor.Platform = systrap
+		return fmt.Errorf("native: %w", err)
 	}
 	if c.FirstID == 0 {
 		c.FirstID = defaultFirst
@@ -192,7 +190,7 @@ func New(cfg Config) (*Runtime, error) {
 	} else if root && cfg.Unprivileged {
 		return nil, errors.New("native: root does not need the unprivileged option: remove it")
 	}
-	r := &Runtime{cfg: cfg, boxes: map[string]*box{}}
+	r := &Runtime{cfg: cfg, boxes: map[string]*box{}, runsc: gvisor.New(cfg.GVisor)}
 	for _, d := range []string{"", "boxes", "ids", "base"} {
 		if err := os.MkdirAll(filepath.Join(cfg.StateDir, d), 0o700); err != nil {
 			return nil, fmt.Errorf("native: %w", err)
@@ -200,7 +198,7 @@ func New(cfg Config) (*Runtime, error) {
 	}
 	r.ids = kernel.IDs{Dir: filepath.Join(cfg.StateDir, "ids"), First: cfg.FirstID, Slots: cfg.Slots}
 	var err error
-	if r.filter, err = filter(runtime.GOARCH); err != nil {
+	if r.filter, err = kernel.Filter(runtime.GOARCH); err != nil {
 		return nil, fmt.Errorf("native: %w", err)
 	}
 	if !cfg.Unprivileged {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/guest"
+	"github.com/mayfly-ci/mayfly/sandbox/gvisor"
 	"github.com/mayfly-ci/mayfly/sandbox/native"
 	"github.com/mayfly-ci/mayfly/sandbox/sandboxtest"
 	"github.com/mayfly-ci/mayfly/test/dockertest"
@@ -93,7 +94,7 @@ func newNative(state, parent string) (*native.Runtime, error) {
 		disk = 128 << 20 // which is memory
 	}
 	return native.New(native.Config{
-		StateDir: state, Owner: "suite", Guest: program, CgroupParent: parent, Unprivileged: !root, GVisor: native.GVisor{Runsc: os.Getenv(runscEnv)},
+		StateDir: state, Owner: "suite", Guest: program, CgroupParent: parent, Unprivileged: !root, GVisor: gvisor.Config{Runsc: os.Getenv(runscEnv)},
 		Limits: sandbox.Limits{Memory: 512 << 20, Pids: 512, MilliCPU: 2000, Disk: disk, Inodes: 50_000},
 	})
 }

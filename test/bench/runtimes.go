@@ -14,6 +14,7 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox/docker"
 	"github.com/mayfly-ci/mayfly/sandbox/egress/gateway"
 	"github.com/mayfly-ci/mayfly/sandbox/guest"
+	"github.com/mayfly-ci/mayfly/sandbox/gvisor"
 	"github.com/mayfly-ci/mayfly/sandbox/image"
 	"github.com/mayfly-ci/mayfly/sandbox/native"
 	"github.com/mayfly-ci/mayfly/test/containerdtest"
@@ -103,7 +104,7 @@ func (s *stand) boxes(ctx context.Context, dir string) error {
 		return err
 	}
 	own, err := native.New(native.Config{
-		StateDir: filepath.Join(dir, "native-boxes"), Owner: "bench", Guest: program, GVisor: native.GVisor{Runsc: s.runsc},
+		StateDir: filepath.Join(dir, "native-boxes"), Owner: "bench", Guest: program, GVisor: gvisor.Config{Runsc: s.runsc},
 		Images: image.Config{Sources: map[string]string{dockertest.Busybox: s.archive}},
 	})
 	if err != nil {

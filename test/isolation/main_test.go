@@ -28,6 +28,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/guest"
+	"github.com/mayfly-ci/mayfly/sandbox/gvisor"
 	"github.com/mayfly-ci/mayfly/sandbox/native"
 	"github.com/mayfly-ci/mayfly/sandbox/sandboxtest"
 )
@@ -99,7 +100,7 @@ func prepareAndRun(m *testing.M) (code int, err error) {
 	parent := "mayfly-isolation-" + strconv.Itoa(os.Getpid())
 	runtimeOfTests, err = native.New(native.Config{
 		StateDir: state, Owner: "isolation", Guest: program, CgroupParent: parent,
-		GVisor: native.GVisor{Runsc: os.Getenv(runscEnv)},
+		GVisor: gvisor.Config{Runsc: os.Getenv(runscEnv)},
 		Limits: sandbox.Limits{Memory: 512 << 20, Pids: 512, MilliCPU: 1000, Disk: 1 << 30, Inodes: 50_000},
 	})
 	if err != nil {

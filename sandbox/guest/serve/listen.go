@@ -11,9 +11,9 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox/guest/wire"
 )
 
-// patience is how long the agent may take to connect and to finish the box. An
+// Patience is how long the agent may take to connect and to finish the box. An
 // agent that has died does neither, and then the box must end.
-const patience = time.Minute
+const Patience = time.Minute
 
 // errStranger is a connection from within the box.
 var errStranger = errors.New("stream: somebody in the box has connected")
@@ -31,7 +31,7 @@ func OnListener(o Options) error {
 	if err := Harden(); err != nil {
 		return err
 	}
-	fd, err := accept()
+	fd, err := Accept()
 	if err != nil {
 		return err
 	}
@@ -40,7 +40,7 @@ func OnListener(o Options) error {
 		return err
 	}
 	ready := make([]byte, 1)
-	err = conn.SetReadDeadline(time.Now().Add(patience))
+	err = conn.SetReadDeadline(time.Now().Add(Patience))
 	if err == nil {
 		_, err = conn.Read(ready)
 	}
@@ -53,8 +53,9 @@ func OnListener(o Options) error {
 	return Serve(conn, o)
 }
 
-// accept takes one connection.
-func accept() (int, error) {
+// Accept takes one connection at wire.Address from outside of the box, as
+// OnListener says, and returns its descriptor.
+func Accept() (int, error) {
 	l, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return -1, os.NewSyscallError("socket", err)
@@ -67,7 +68,7 @@ func accept() (int, error) {
 }
 
 func acceptFrom(l int) (int, error) {
-	wait := unix.NsecToTimeval(int64(patience))
+	wait := unix.NsecToTimeval(int64(Patience))
 	if err := errors.Join(
 		unix.SetsockoptTimeval(l, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait), // counts for accept
 		unix.Bind(l, &unix.SockaddrUnix{Name: wire.Address}),

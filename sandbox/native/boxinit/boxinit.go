@@ -9,7 +9,7 @@
 // network, and executes the guest program anew to serve the control stream. So
 // the guest proper, and all that it starts, begins with what is left: nothing
 // depends on each of its threads having given something up. With gVisor it does
-// not execute the guest but runsc, as a child, and waits (see keep).
+// not execute the guest but runsc, as a child, and waits (see keeper).
 package boxinit
 
 import (
@@ -21,6 +21,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/mayfly-ci/mayfly/sandbox/gvisor/keeper"
 	"github.com/mayfly-ci/mayfly/sandbox/netns"
 )
 
@@ -41,7 +42,10 @@ func Run() error {
 		return err
 	}
 	if s.GVisor() {
-		return keep(s)
+		return keeper.Kernel{
+			Control: ControlFD, Life: SetupFD, Guest: GuestFD, Runsc: RunscFD,
+			Platform: s.Platform, Host: Host, Expires: s.Expires,
+		}.Keep()
 	}
 	args := []string{"mayfly-guest", "serve"}
 	if s.Expires != 0 {

@@ -3,9 +3,10 @@ package boxinit
 import (
 	"errors"
 	"fmt"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/mayfly-ci/mayfly/sandbox/gvisor/keeper"
 )
 
 // kept are the capabilities of a box, over its own user namespace only: what
@@ -24,12 +25,12 @@ func confine(s *Setup) error {
 		return err
 	}
 	if s.GVisor() { // runsc takes the rest from its kernel, and the guest from itself
-		return errors.Join(capabilities(privileges), noNewPrivileges())
+		return errors.Join(capabilities(kept|keeper.Privileges), keeper.NoNewPrivileges())
 	}
 	if err := capabilities(kept); err != nil {
 		return err
 	}
-	return filter(s.Filter, 0)
+	return keeper.Filter(s.Filter, 0)
 }
 
 func limits(s *Setup) error {
@@ -75,32 +76,6 @@ func capabilities(some uint32) error {
 	body := [2]unix.CapUserData{{Effective: some, Permitted: some}}
 	if err := unix.Capset(&head, &body[0]); err != nil {
 		return fmt.Errorf("capabilities: %w", err)
-	}
-	return nil
-}
-
-// filter installs the system call filter, and no_new_privs, which it needs.
-func filter(program []byte, flags uintptr) error {
-	const size = int(unsafe.Sizeof(unix.SockFilter{}))
-	if len(program) == 0 || len(program)%size != 0 {
-		return errors.New("system call filter: malformed")
-	}
-	if err := noNewPrivileges(); err != nil {
-		return err
-	}
-	instructions := make([]unix.SockFilter, len(program)/size)
-	copy(unsafe.Slice((*byte)(unsafe.Pointer(&instructions[0])), len(program)), program)
-	fprog := unix.SockFprog{Len: uint16(len(instructions)), Filter: &instructions[0]}
-	_, _, e := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, flags, uintptr(unsafe.Pointer(&fprog)))
-	if e != 0 {
-		return fmt.Errorf("system call filter: %w", e)
-	}
-	return nil
-}
-
-func noNewPrivileges() error {
-	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-		return fmt.Errorf("no_new_privs: %w", err)
 	}
 	return nil
 }

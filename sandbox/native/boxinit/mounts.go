@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/mayfly-ci/mayfly/sandbox/gvisor/keeper"
 	"github.com/mayfly-ci/mayfly/sandbox/mountpoint"
 )
 
@@ -51,7 +52,7 @@ func (b *builder) filesystem() error {
 	}
 	finish := b.furnish
 	if b.GVisor() {
-		finish = func() error { return inside(b.furnish, markTmp) }
+		finish = func() error { return inside(b.furnish, func() error { return keeper.MarkTmp(0, 0) }) }
 	}
 	if err := finish(); err != nil {
 		return err

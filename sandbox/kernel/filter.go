@@ -1,4 +1,4 @@
-package native
+package kernel
 
 import (
 	"bytes"
@@ -9,8 +9,6 @@ import (
 	"github.com/elastic/go-seccomp-bpf/arch"
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
-
-	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 )
 
 // The answers of the filter (seccomp(2)).
@@ -29,11 +27,11 @@ const (
 	dataArgs   = 16
 )
 
-// filter is the system call filter of a box for a Go architecture, as the
+// Filter is the system call filter of a box for a Go architecture, as the
 // kernel's sock_filter array. Other architectures of the machine (i386, arm)
 // kill the process; x32 and calls newer than the table say ENOSYS, so that
 // programs fall back; known calls that are not allowed say EPERM.
-func filter(goarch string) ([]byte, error) {
+func Filter(goarch string) ([]byte, error) {
 	if goarch != "amd64" && goarch != "arm64" {
 		return nil, fmt.Errorf("system call filter: no table for %s", goarch)
 	}
@@ -68,7 +66,7 @@ func program(info *arch.Info) []bpf.Instruction {
 	out = append(out,
 		bpf.JumpIf{Cond: bpf.JumpGreaterThan, Val: uint32(newest), SkipFalse: 1},
 		bpf.RetConstant{Val: retENOSYS})
-	for _, r := range kernel.Rules() {
+	for _, r := range Rules() {
 		if n, ok := info.SyscallNames[r.Name]; ok {
 			decide := body(r)
 			out = append(out, bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: uint32(n), SkipTrue: uint8(len(decide))})
@@ -87,7 +85,7 @@ func program(info *arch.Info) []bpf.Instruction {
 // ranges are the allowed numbers as closed intervals, ascending.
 func ranges(info *arch.Info) [][2]uint32 {
 	var numbers []uint32
-	for _, name := range kernel.Allowed() {
+	for _, name := range Allowed() {
 		if n, ok := info.SyscallNames[name]; ok { // each machine lacks some
 			numbers = append(numbers, uint32(n))
 		}
@@ -105,7 +103,7 @@ func ranges(info *arch.Info) [][2]uint32 {
 }
 
 // body decides a call whose number matched. It always returns.
-func body(r kernel.Rule) []bpf.Instruction {
+func body(r Rule) []bpf.Instruction {
 	hit, miss := uint32(retAllow), retErrno(r.Errno)
 	out := []bpf.Instruction{arg(r.Arg)}
 	if r.Inner != nil {
