@@ -15,12 +15,16 @@ func TestExampleGVisor(t *testing.T) {
 		t.Fatal(err)
 	}
 	var own struct {
+		Image  string `yaml:"image"`
 		GVisor struct {
 			Runsc string `yaml:"runsc"`
 		} `yaml:"gvisor"`
 	}
-	if err := c.Runtimes["native"].Decode(&own); err != nil || own.GVisor.Runsc != "/usr/local/bin/runsc" {
-		t.Errorf("runtime: got %+v, %v", own, err)
+	for _, name := range []string{"native", "containerd"} {
+		own.GVisor.Runsc = ""
+		if err := c.Runtimes[name].Decode(&own); err != nil || own.GVisor.Runsc != "/usr/local/bin/runsc" {
+			t.Errorf("runtime %s: got %+v, %v", name, own, err)
+		}
 	}
 	src, err := os.ReadFile(c.Policy)
 	if err != nil {

@@ -24,11 +24,17 @@ func dockerConfig(section configs.Section) (docker.Config, error) {
 		Image   string       `yaml:"image,required"`
 		Runtime string       `yaml:"runtime"`
 		Images  engineImages `yaml:"images"`
+
+		GVisor *gvisorNode `yaml:"gvisor"`
 	}
 	if err := section.Decode(&own); err != nil {
 		return docker.Config{}, err
 	}
-	c := docker.Config{Host: own.Host, Image: own.Image, Images: own.Images.config(), Runtime: own.Runtime}
+	kernel, err := own.GVisor.config(section)
+	if err != nil {
+		return docker.Config{}, err
+	}
+	c := docker.Config{Host: own.Host, Image: own.Image, Images: own.Images.config(), Runtime: own.Runtime, GVisor: kernel}
 	for _, check := range []struct {
 		key string
 		err error
@@ -49,14 +55,20 @@ func containerdConfig(section configs.Section) (containerd.Config, error) {
 		Runtime     string       `yaml:"runtime"`
 		FirstID     uint32       `yaml:"first_id"`
 		Images      engineImages `yaml:"images"`
+
+		GVisor *gvisorNode `yaml:"gvisor"`
 	}
 	if err := section.Decode(&own); err != nil {
+		return containerd.Config{}, err
+	}
+	kernel, err := own.GVisor.config(section)
+	if err != nil {
 		return containerd.Config{}, err
 	}
 	c := containerd.Config{
 		Address: own.Address, Namespace: own.Namespace, Snapshotter: own.Snapshotter,
 		Image: own.Image, Runtime: own.Runtime, FirstID: own.FirstID,
-		Images: own.Images.config(),
+		Images: own.Images.config(), GVisor: kernel,
 	}
 	for _, check := range []struct {
 		key string

@@ -6,11 +6,13 @@ import (
 	"github.com/mayfly-ci/mayfly/configs"
 	"github.com/mayfly-ci/mayfly/runner/policy"
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/containerd"
+	"github.com/mayfly-ci/mayfly/sandbox/docker"
 	"github.com/mayfly-ci/mayfly/sandbox/gvisor"
 	"github.com/mayfly-ci/mayfly/sandbox/native"
 )
 
-// A gvisorNode is "gvisor" in the section of a native runtime; nil is none.
+// A gvisorNode is "gvisor" in the section of a runtime; nil is none.
 type gvisorNode struct {
 	Runsc    string `yaml:"runsc,required"`
 	Platform string `yaml:"platform"`
@@ -34,8 +36,20 @@ func checkIsolation(p policy.Place, section configs.Section) error {
 		return nil
 	}
 	c, err := runtimeConfig(section, false)
-	if own, ok := c.(native.Config); err == nil && ok && own.GVisor.Runsc != "" {
-		return nil
+	if err != nil {
+		return nil // it is said where the runtimes are made
 	}
-	return fmt.Errorf("%s: isolation %s: runtime %q has none: add gvisor: {runsc: /path} to its section, which must be of type native", p.Rule, p.Isolation, p.Runtime)
+	var kernel gvisor.Config
+	switch c := c.(type) {
+	case native.Config:
+		kernel = c.GVisor
+	case docker.Config:
+		kernel = c.GVisor
+	case containerd.Config:
+		kernel = c.GVisor
+	}
+	if kernel.Runsc == "" {
+		return fmt.Errorf("%s: isolation %s: runtime %q has none: add gvisor: {runsc: /path} to its section", p.Rule, p.Isolation, p.Runtime)
+	}
+	return nil
 }

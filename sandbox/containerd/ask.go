@@ -18,9 +18,9 @@ import (
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"golang.org/x/sys/unix"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 )
 
 // AskArg is the argument of the program that Config.Ask starts: it calls Ask.
@@ -44,11 +44,25 @@ type order struct {
 	First                       uint32
 }
 
-// An answer is what the daemon said to it: a status of gRPC.
+// An answer is what the daemon said to it.
 type answer struct {
-	Pid     int
-	Code    codes.Code
-	Message string
+	Pid      int
+	Error    string
+	Away     bool // it said nothing
+	InTheWay bool // it has the task, or half of it
+}
+
+// err is the daemon's error, of a kind that away and inTheWay know.
+func (a answer) err() error {
+	switch {
+	case a.Error == "":
+		return nil
+	case a.Away:
+		return fmt.Errorf("%s: %w", a.Error, errdefs.ErrUnavailable)
+	case a.InTheWay:
+		return fmt.Errorf("%s: %w", a.Error, errdefs.ErrAlreadyExists)
+	}
+	return errors.New(a.Error)
 }
 
 // Ask is the whole of a child process, which asks the daemon for one task: when a
@@ -82,8 +96,11 @@ func (o order) ask(ctx context.Context, c *client.Client) (answer, error) {
 			Options: []string{"nosuid", "nodev", "mode=755", fmt.Sprintf("size=%d", rootBytes), fmt.Sprintf("uid=%d", o.First), fmt.Sprintf("gid=%d", o.First)},
 		}},
 	})
-	a := answer{Pid: int(t.GetPid()), Code: status.Code(err), Message: status.Convert(err).Message()}
-	if away(err) || inTheWay(err) || ctx.Err() != nil {
+	if err == nil {
+		return answer{Pid: int(t.GetPid())}, os.WriteFile(filepath.Join(o.Dir, answered), nil, 0o600)
+	}
+	a := answer{Error: errgrpc.ToNative(err).Error(), Away: away(err) || ctx.Err() != nil, InTheWay: inTheWay(err)}
+	if a.Away || a.InTheWay {
 		return a, nil
 	}
 	return a, os.WriteFile(filepath.Join(o.Dir, answered), nil, 0o600)
@@ -108,10 +125,7 @@ func (r *Runtime) ask(ctx context.Context, name string, first uint32) (pid int, 
 	} else {
 		a, err = r.child(ctx, o, f)
 	}
-	if err == nil && a.Code != codes.OK {
-		err = native(status.Error(a.Code, a.Message))
-	}
-	return a.Pid, err
+	return a.Pid, errors.Join(err, a.err())
 }
 
 // child has the program of Config.Ask ask.

@@ -17,10 +17,9 @@ import (
 const cleanup = 10 * time.Second
 
 // Check implements sandbox.Runtime. It makes a box of the configured image, reads
-// a file of it and destroys it. Create looks in the kernel whether containerd did
+// a file of it and destroys it, with each wall that the configuration has. Create looks in the kernel whether containerd did
 // what it was asked, so a runtime that passes enforces all of it.
-func (r *Runtime) Check(ctx context.Context) (claims []sandbox.Claim, err error) {
-	name := sandbox.CheckPrefix + strings.ToLower(rand.Text())
+func (r *Runtime) Check(ctx context.Context) ([]sandbox.Claim, error) {
 	version, err := r.reach(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("containerd: check: %w", err)
@@ -29,22 +28,37 @@ func (r *Runtime) Check(ctx context.Context) (claims []sandbox.Claim, err error)
 	if err != nil {
 		return nil, fmt.Errorf("containerd: check: image %s: %w", r.cfg.Image, refused(err))
 	}
+	if _, err := r.try(ctx, sandbox.Kernel, "/etc/resolv.conf"); err != nil {
+		return nil, err
+	}
+	claims := r.claims(version, base.Digest)
+	if r.cfg.GVisor.Runsc != "" {
+		claims = append(claims, r.runsc.Claim(ctx, func() (string, error) { return r.try(ctx, sandbox.GVisor, "/proc/version") }))
+	}
+	return claims, nil
+}
+
+// try makes a box of the configured image, reads a file of it and destroys it.
+func (r *Runtime) try(ctx context.Context, wall sandbox.Isolation, file string) (content string, err error) {
+	name := sandbox.CheckPrefix + strings.ToLower(rand.Text())
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
 		defer cancel()
 		err = errors.Join(err, r.Destroy(ctx, name))
 	}()
 	b, err := r.Create(ctx, name, sandbox.Spec{
-		Labels:  sandbox.Labels{Owner: r.cfg.Owner},
-		Expires: time.Now().Add(time.Minute),
+		Labels:    sandbox.Labels{Owner: r.cfg.Owner},
+		Isolation: wall,
+		Expires:   time.Now().Add(time.Minute),
 	})
 	if err != nil {
-		return nil, err
+		return "", err
 	}
-	if _, err := b.Get(ctx, "/etc/resolv.conf", 4096); err != nil {
-		return nil, fmt.Errorf("containerd: check: %w", err)
+	out, err := b.Get(ctx, file, 4096)
+	if err != nil {
+		return "", fmt.Errorf("containerd: check: %w", err)
 	}
-	return r.claims(version, base.Digest), nil
+	return string(out), nil
 }
 
 func (r *Runtime) claims(version, base string) []sandbox.Claim {

@@ -23,6 +23,9 @@
 // the stream ends, so the death of the agent ends what runs, whatever the daemon
 // does.
 //
+// A box with a kernel of its own (gVisor) is such a container, too: what runs in it
+// is a keeper that starts that kernel there (ADR 0016).
+//
 // The daemon must be on this machine, in its pid namespace, and have its file
 // system; the snapshotter must give directories (overlayfs, native) of a file
 // system that has id-mapped mounts. Its own variables of the environment are not
@@ -49,6 +52,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/engine"
+	"github.com/mayfly-ci/mayfly/sandbox/gvisor"
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 )
 
@@ -92,6 +96,9 @@ type Config struct {
 	// Runtime names a shim of containerd whose OCI runtime runs processes on the
 	// kernel of this machine, as runc does.
 	Runtime string
+	// GVisor is for boxes with a kernel of their own. It is run in the container, by
+	// what runs in it, and is nothing that containerd knows.
+	GVisor gvisor.Config
 	// FirstID is the first user id of the boxes' ranges, and Slots how many
 	// ranges of 65536 follow. Nothing else on the host may use them. The
 	// defaults are 1140850688 and 1024.
@@ -115,6 +122,7 @@ type Runtime struct {
 	seccomp *specs.LinuxSeccomp
 	state   *engine.State
 	ids     kernel.IDs
+	runsc   *gvisor.Runsc
 }
 
 var (
@@ -166,7 +174,7 @@ func (c *Config) complete() error {
 	if c.Trace == nil {
 		c.Trace = func(string) {}
 	}
-	if err := errors.Join(CheckAddress(c.Address), c.Images.Check(), CheckNamespace(c.Namespace)); err != nil {
+	if err := errors.Join(CheckAddress(c.Address), c.Images.Check(), CheckNamespace(c.Namespace), c.GVisor.Validate()); err != nil {
 		return err
 	}
 	c.Address = strings.TrimPrefix(c.Address, "unix://")
@@ -195,7 +203,7 @@ func open(cfg Config) (*Runtime, error) {
 	if err := cfg.complete(); err != nil {
 		return nil, err
 	}
-	r := &Runtime{cfg: cfg}
+	r := &Runtime{cfg: cfg, runsc: gvisor.New(cfg.GVisor)}
 	var err error
 	if r.state, err = engine.Open(cfg.StateDir, cfg.Owner, cfg.Guest); err != nil {
 		return nil, err

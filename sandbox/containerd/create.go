@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -18,7 +17,6 @@ import (
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/typeurl/v2"
 	"github.com/opencontainers/go-digest"
-	"google.golang.org/grpc/status"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/engine"
@@ -55,15 +53,12 @@ func (r *Runtime) patiently(ctx context.Context, do func() error) error {
 }
 
 // away reports that the daemon did not answer and may be on its way back.
-func away(err error) bool { return err != nil && errdefs.IsUnavailable(native(err)) }
+func away(err error) bool { return is(err, errdefs.IsUnavailable) }
 
-// native turns a status of the daemon's into an error of containerd's, and leaves
-// others as they are: to turn one twice forgets what it was.
-func native(err error) error {
-	if _, ok := status.FromError(err); ok {
-		return errgrpc.ToNative(err)
-	}
-	return err
+// is says it of an error of containerd's, and of the daemon's status that becomes
+// one: to turn one twice forgets what it was.
+func is(err error, what func(error) bool) bool {
+	return err != nil && (what(err) || what(errgrpc.ToNative(err)))
 }
 
 // reach waits for the daemon and refuses one that is too old.
@@ -108,7 +103,7 @@ func (r *Runtime) create(ctx context.Context, name string, s sandbox.Spec) (*eng
 		return nil, err
 	}
 	defer release()
-	if s, err = engine.Complete(s, r.cfg.Limits, r.cfg.Image); err != nil {
+	if s, err = engine.Complete(ctx, s, engine.Standard{Limits: r.cfg.Limits, Image: r.cfg.Image, Runsc: r.runsc}); err != nil {
 		return nil, err
 	}
 	template, err := r.state.Template(ctx, s.Limits)
@@ -128,7 +123,7 @@ func (r *Runtime) create(ctx context.Context, name string, s sandbox.Spec) (*eng
 	r.cfg.Trace("containerd.recorded")
 	b := r.state.NewBox(name)
 	if err := r.build(ctx, b, s, chain, template); err != nil {
-		return nil, errors.Join(err, b.Kill())
+		return nil, b.Fail(err)
 	}
 	return b, nil
 }
@@ -136,6 +131,9 @@ func (r *Runtime) create(ctx context.Context, name string, s sandbox.Spec) (*eng
 // build makes what the record names. What it acquires is in b or found by name.
 func (r *Runtime) build(ctx context.Context, b *engine.Box, s sandbox.Spec, chain digest.Digest, template string) error {
 	first, err := r.ids.Take(b.Name)
+	if err == nil {
+		b.Kernel, err = engine.OpenKernel(ctx, r.runsc, s)
+	}
 	if err != nil {
 		return err
 	}

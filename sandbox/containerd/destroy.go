@@ -144,8 +144,7 @@ func (r *Runtime) settle(ctx context.Context, name string) (bool, error) {
 
 // inTheWay reports that the daemon has the task, or half of it.
 func inTheWay(err error) bool {
-	err = native(err)
-	return errdefs.IsAlreadyExists(err) || err != nil && strings.Contains(err.Error(), "file exists")
+	return is(err, errdefs.IsAlreadyExists) || err != nil && strings.Contains(err.Error(), "file exists")
 }
 
 // removeOnce removes what is not a process. It is done if there is no error.

@@ -96,7 +96,7 @@ func testImages(t *testing.T, d *containerdtest.Daemon) {
 	if _, err := r.Create(enginetest.Bounded(t), "absent", sandbox.Spec{Image: absent}); !errors.Is(err, sandbox.ErrUnsupported) || !strings.Contains(err.Error(), absent) {
 		t.Errorf("an image that is not there: got %v, want ErrUnsupported and its name", err)
 	}
-	if _, err := r.Create(enginetest.Bounded(t), "more", sandbox.Spec{Isolation: sandbox.GVisor}); !errors.Is(err, sandbox.ErrUnsupported) {
+	if _, err := r.Create(enginetest.Bounded(t), "more", sandbox.Spec{Isolation: "kata"}); !errors.Is(err, sandbox.ErrUnsupported) {
 		t.Errorf("another isolation: got %v, want ErrUnsupported", err)
 	}
 }
@@ -143,11 +143,15 @@ func points() []string {
 // An agent is killed at every point between two effects. What runs ends by
 // itself, and Destroy in another process removes the rest.
 func testKilledAgent(t *testing.T, d *containerdtest.Daemon) {
-	for _, point := range points() {
+	killedAgents(t, d, sandbox.Kernel, points())
+}
+
+func killedAgents(t *testing.T, d *containerdtest.Daemon, wall sandbox.Isolation, points []string) {
+	for _, point := range points {
 		t.Run(point, func(t *testing.T) {
 			cfg := config(t, d)
 			name := "killed-" + strings.ReplaceAll(point, ".", "-")
-			spec := sandbox.Spec{Labels: sandbox.Labels{Owner: "test", Job: "j", Generation: 1}, Image: containerdtest.Busybox}
+			spec := sandbox.Spec{Labels: sandbox.Labels{Owner: "test", Job: "j", Generation: 1}, Image: containerdtest.Busybox, Isolation: wall}
 			if err := enginetest.Orphan(enginetest.Bounded(t), enginetest.Order{State: cfg.StateDir, Address: d.Address(), Image: cfg.Image, Name: name, Point: point, Spec: spec}); err != nil {
 				t.Fatal(err)
 			}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"os"
 	"testing"
@@ -12,8 +13,10 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/engine/enginetest"
 	"github.com/mayfly-ci/mayfly/sandbox/guest"
+	"github.com/mayfly-ci/mayfly/sandbox/gvisor"
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 	"github.com/mayfly-ci/mayfly/test/containerdtest"
+	"github.com/mayfly-ci/mayfly/test/servertest"
 )
 
 func TestMain(m *testing.M) {
@@ -32,8 +35,16 @@ func TestMain(m *testing.M) {
 		cfg.Image, cfg.Trace = o.Image, trace
 		return New(cfg)
 	})
+	runsc, err := servertest.Runsc(context.Background())
+	if err := errors.Join(err, os.Setenv(runscEnv, runsc)); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
 	os.Exit(m.Run())
 }
+
+// runscEnv is where gVisor's runsc lies.
+const runscEnv = "MAYFLY_CONTAINERD_RUNSC"
 
 // config is that of a runtime with a state directory of its own.
 func config(t testing.TB, d *containerdtest.Daemon) Config {
@@ -51,7 +62,7 @@ func config(t testing.TB, d *containerdtest.Daemon) Config {
 func testConfig(state, address string) (Config, error) {
 	program, err := guest.Binary()
 	return Config{
-		StateDir: state, Owner: "test", Guest: program, Address: address, Image: containerdtest.Debian,
+		StateDir: state, Owner: "test", Guest: program, Address: address, Image: containerdtest.Debian, GVisor: gvisor.Config{Runsc: os.Getenv(runscEnv)},
 		Ask:    []string{"/proc/self/exe", AskArg},
 		Limits: sandbox.Limits{Memory: 512 << 20, Pids: 512, MilliCPU: 2000, Disk: 1 << 30, Inodes: 50_000},
 	}, err

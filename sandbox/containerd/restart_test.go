@@ -22,7 +22,7 @@ func TestDaemonKilled(t *testing.T) {
 			cfg := config(t, d)
 			cfg.Image = containerdtest.Busybox
 			r := newRuntime(t, cfg)
-			t.Run("during a job", func(t *testing.T) { killedDuringJob(t, d, r) })
+			t.Run("during a job", func(t *testing.T) { killedDuringJob(t, d, r, sandbox.Kernel) })
 			t.Run("during release", func(t *testing.T) { killedDuringRelease(t, d, r) })
 			t.Run("before a job", func(t *testing.T) { killedBeforeJob(t, d, r) })
 			t.Run("while it makes a box", func(t *testing.T) { killedDuringCreate(t, d, cfg) })
@@ -31,8 +31,8 @@ func TestDaemonKilled(t *testing.T) {
 	}
 }
 
-func killedDuringJob(t *testing.T, d *containerdtest.Daemon, r *Runtime) {
-	b := enginetest.Create(t, r, "working", sandbox.Spec{})
+func killedDuringJob(t *testing.T, d *containerdtest.Daemon, r *Runtime, wall sandbox.Isolation) {
+	b := enginetest.Create(t, r, "working", sandbox.Spec{Isolation: wall})
 	began, ended := enginetest.Sleeper(t, b)
 	enginetest.Wait(t, "the process begins", began)
 	if err := d.Kill(enginetest.Bounded(t)); err != nil {

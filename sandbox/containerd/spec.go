@@ -13,9 +13,7 @@ import (
 )
 
 const (
-	shmBytes = 64 << 20 // of /dev/shm; counted as memory
-	maxFiles = 1 << 16  // open files of a process, where the agent's own limit allows
-	period   = 100_000  // of CPU accounting in microseconds, the kernel's default
+	period = 100_000 // of CPU accounting in microseconds, the kernel's default
 
 	// version of the specification (github.com/opencontainers/runtime-spec) that
 	// has all that is used, so that an older OCI runtime takes it too.
@@ -26,13 +24,17 @@ const (
 // the guest only: see sandbox/engine for that of the box.
 func (r *Runtime) spec(id string, s sandbox.Spec, first uint32) *specs.Spec {
 	var capabilities []string
-	for _, c := range engine.Capabilities() {
+	for _, c := range engine.Capabilities(s.Isolation) {
 		capabilities = append(capabilities, "CAP_"+c)
 	}
-	files := uint64(maxFiles)
+	files := uint64(engine.MaxFiles)
 	var own unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &own); err == nil { // it cannot fail
 		files = min(files, own.Max)
+	}
+	filter := r.seccomp
+	if s.Isolation == sandbox.GVisor { // it brings its own
+		filter = nil
 	}
 	ids := []specs.LinuxIDMapping{{HostID: first, Size: kernel.Span}}
 	return &specs.Spec{
@@ -40,7 +42,7 @@ func (r *Runtime) spec(id string, s sandbox.Spec, first uint32) *specs.Spec {
 		Hostname: engine.Host,
 		Root:     &specs.Root{Path: "rootfs"},
 		Process: &specs.Process{
-			Args: r.state.GuestArgs(s.Expires), Cwd: "/", NoNewPrivileges: true,
+			Args: r.state.GuestArgs(s), Cwd: "/", NoNewPrivileges: true,
 			// None is inheritable, nor ambient: a user that is not root has none.
 			Capabilities: &specs.LinuxCapabilities{Bounding: capabilities, Permitted: capabilities, Effective: capabilities},
 			Rlimits:      []specs.POSIXRlimit{{Type: "RLIMIT_CORE"}, {Type: "RLIMIT_NOFILE", Hard: files, Soft: files}},
@@ -53,7 +55,7 @@ func (r *Runtime) spec(id string, s sandbox.Spec, first uint32) *specs.Spec {
 			// One of its own below the root of each hierarchy: a parent for all
 			// would stay.
 			CgroupsPath:   "/mayfly-" + id,
-			Seccomp:       r.seccomp,
+			Seccomp:       filter,
 			MaskedPaths:   maskedPaths(),
 			ReadonlyPaths: strings.Fields("/proc/bus /proc/fs /proc/irq /proc/sys /proc/sysrq-trigger"),
 		},
@@ -97,7 +99,7 @@ func (r *Runtime) mounts() []specs.Mount {
 		mount("proc", "/proc", "proc", quiet),
 		mount("tmpfs", "/dev", "tmpfs", "nosuid,strictatime,mode=755,size=65536k"),
 		mount("devpts", "/dev/pts", "devpts", "nosuid,noexec,newinstance,ptmxmode=0666,mode=0620,gid=5"),
-		mount("tmpfs", "/dev/shm", "shm", fmt.Sprintf("%s,mode=1777,size=%d", quiet, shmBytes)),
+		mount("tmpfs", "/dev/shm", "shm", fmt.Sprintf("%s,mode=1777,size=%d", quiet, engine.ShmBytes)),
 		mount("mqueue", "/dev/mqueue", "mqueue", quiet),
 		mount("sysfs", "/sys", "sysfs", quiet+",ro"),
 		mount("cgroup", "/sys/fs/cgroup", "cgroup", quiet+",relatime,ro"),

@@ -34,16 +34,21 @@ func TestSuite(t *testing.T) {
 // conform runs the suite over a configuration.
 func conform(t *testing.T, d *containerdtest.Daemon, cfg Config) {
 	t.Helper()
+	h := harness(t, d, cfg)
+	sandboxtest.Run(t, func(*testing.T) sandboxtest.Harness { return h })
+}
+
+func harness(t *testing.T, d *containerdtest.Daemon, cfg Config) sandboxtest.Harness {
+	t.Helper()
 	program, err := sandboxtest.BuildProbe(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := sandboxtest.Harness{
+	return sandboxtest.Harness{
 		Runtime: newRuntime(t, cfg), Owner: cfg.Owner, Probe: program,
 		Again: func() (sandbox.Runtime, error) { return New(cfg) },
 		Orphan: func(ctx context.Context, name string, s sandbox.Spec) error {
 			return enginetest.Orphan(ctx, enginetest.Order{State: cfg.StateDir, Address: d.Address(), Image: cfg.Image, Name: name, Point: enginetest.PointMade, Spec: s})
 		},
 	}
-	sandboxtest.Run(t, func(*testing.T) sandboxtest.Harness { return h })
 }

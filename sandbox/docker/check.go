@@ -19,15 +19,14 @@ import (
 const cleanup = 10 * time.Second
 
 // Check implements sandbox.Runtime. It makes a box of the configured image, reads
-// a file of it and destroys it. Create looks in the kernel whether the engine
+// a file of it and destroys it, with each wall that the configuration has. Create looks in the kernel whether the engine
 // did what it was asked, so a runtime that passes enforces all of it.
-func (r *Runtime) Check(ctx context.Context) (claims []sandbox.Claim, err error) {
-	name := sandbox.CheckPrefix + strings.ToLower(rand.Text())
-	var info system.Info
+func (r *Runtime) Check(ctx context.Context) ([]sandbox.Claim, error) {
 	if err := r.reach(ctx); err != nil {
 		return nil, fmt.Errorf("docker: check: %w", err)
 	}
-	if info, err = r.engine.Info(ctx); err != nil {
+	info, err := r.engine.Info(ctx)
+	if err != nil {
 		return nil, fmt.Errorf("docker: check: %w", err)
 	}
 	if missing := unlimited(info); len(missing) > 0 {
@@ -39,27 +38,46 @@ func (r *Runtime) Check(ctx context.Context) (claims []sandbox.Claim, err error)
 	if err != nil {
 		return nil, fmt.Errorf("docker: check: image %s: %w", r.cfg.Image, err)
 	}
+	_, uid, err := r.try(ctx, sandbox.Kernel, base, "/etc/resolv.conf")
+	if err != nil {
+		return nil, err
+	}
+	claims := r.claims(info, uid, base)
+	if r.cfg.GVisor.Runsc != "" {
+		claims = append(claims, r.runsc.Claim(ctx, func() (string, error) {
+			version, _, err := r.try(ctx, sandbox.GVisor, base, "/proc/version")
+			return version, err
+		}))
+	}
+	return claims, nil
+}
+
+// try makes a box of the configured image, reads a file of it, sees who root of it
+// is outside, and destroys it.
+func (r *Runtime) try(ctx context.Context, wall sandbox.Isolation, base sandbox.Image, file string) (content string, uid int, err error) {
+	name := sandbox.CheckPrefix + strings.ToLower(rand.Text())
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
 		defer cancel()
 		err = errors.Join(err, r.Destroy(ctx, name))
 	}()
 	b, err := r.Create(ctx, name, sandbox.Spec{
-		Labels:  sandbox.Labels{Owner: r.cfg.Owner},
-		Image:   base.Ref,
-		Expires: time.Now().Add(time.Minute),
+		Labels:    sandbox.Labels{Owner: r.cfg.Owner},
+		Image:     base.Ref,
+		Isolation: wall,
+		Expires:   time.Now().Add(time.Minute),
 	})
 	if err != nil {
-		return nil, err
+		return "", 0, err
 	}
-	if _, err := b.Get(ctx, "/etc/resolv.conf", 4096); err != nil {
-		return nil, fmt.Errorf("docker: check: %w", err)
+	out, err := b.Get(ctx, file, 4096)
+	if err == nil {
+		uid, _, err = b.(*engine.Box).Process.Root()
 	}
-	uid, _, err := b.(*engine.Box).Process.Root()
 	if err != nil {
-		return nil, fmt.Errorf("docker: check: %w", err)
+		return "", 0, fmt.Errorf("docker: check: %w", err)
 	}
-	return r.claims(info, uid, base), nil
+	return string(out), uid, nil
 }
 
 // unlimited are the claims that do not hold because the daemon has no control

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -19,14 +20,9 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 )
 
-const (
-	shmBytes = 64 << 20 // of /dev/shm; counted as memory
-	maxFiles = 1 << 16  // open files of a process, where the daemon's own limit allows
-
-	// minVersion of the engine API is the first with private control group
-	// namespaces (Docker 20.10).
-	minVersion = "1.41"
-)
+// minVersion of the engine API is the first with private control group
+// namespaces (Docker 20.10).
+const minVersion = "1.41"
 
 // patiently calls do again while the daemon does not answer. It is for calls
 // that may be repeated.
@@ -68,7 +64,7 @@ func (r *Runtime) create(ctx context.Context, name string, s sandbox.Spec) (*eng
 		return nil, err
 	}
 	defer release()
-	if s, err = engine.Complete(s, r.cfg.Limits, r.cfg.Image); err != nil {
+	if s, err = engine.Complete(ctx, s, engine.Standard{Limits: r.cfg.Limits, Image: r.cfg.Image, Runsc: r.runsc}); err != nil {
 		return nil, err
 	}
 	template, err := r.state.Template(ctx, s.Limits)
@@ -78,19 +74,42 @@ func (r *Runtime) create(ctx context.Context, name string, s sandbox.Spec) (*eng
 	if err := r.reach(ctx); err != nil {
 		return nil, err
 	}
+	if err := r.remapped(ctx, s.Isolation); err != nil {
+		return nil, err
+	}
 	if err := r.state.Record(name, engine.Record{Labels: s.Labels, Expires: s.Expires, Image: s.Image}, func() { r.cfg.Trace("docker.named") }); err != nil {
 		return nil, err
 	}
 	r.cfg.Trace("docker.recorded")
 	b := r.state.NewBox(name)
 	if err := r.build(ctx, b, s, template); err != nil {
-		return nil, errors.Join(err, b.Kill())
+		return nil, b.Fail(err)
 	}
 	return b, nil
 }
 
+// remapped refuses to make a container that may make namespaces and mounts, as one
+// whose box has a kernel of its own, without a user namespace that this is all about.
+func (r *Runtime) remapped(ctx context.Context, wall sandbox.Isolation) error {
+	if wall != sandbox.GVisor {
+		return nil
+	}
+	info, err := r.engine.Info(ctx)
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(info.SecurityOptions, func(o string) bool { return strings.HasPrefix(o, "name=userns") }) {
+		return fmt.Errorf("isolation %q: the daemon gives containers no user namespace, without which runsc would be root of the machine: start it with userns-remap: %w", wall, sandbox.ErrUnsupported)
+	}
+	return nil
+}
+
 // build makes what the record names. What it acquires is in b or found by name.
 func (r *Runtime) build(ctx context.Context, b *engine.Box, s sandbox.Spec, template string) error {
+	var err error
+	if b.Kernel, err = engine.OpenKernel(ctx, r.runsc, s); err != nil {
+		return err
+	}
 	id, err := r.container(ctx, b.Name, s)
 	if err != nil {
 		return err
@@ -144,7 +163,7 @@ func (r *Runtime) container(ctx context.Context, name string, s sandbox.Spec) (s
 }
 
 func (r *Runtime) config(s sandbox.Spec) *container.Config {
-	args := r.state.GuestArgs(s.Expires)
+	args := r.state.GuestArgs(s)
 	return &container.Config{
 		Image: s.Image, Labels: r.state.Labels(engine.Record{Labels: s.Labels, Expires: s.Expires}),
 		Hostname: engine.Host, User: "0:0", WorkingDir: "/",
@@ -159,17 +178,21 @@ func (r *Runtime) config(s sandbox.Spec) *container.Config {
 // and seen by the guest only: see root.go for that of the box.
 func (r *Runtime) hostConfig(s sandbox.Spec) *container.HostConfig {
 	pids, no := s.Limits.Pids, false
+	security := []string{"no-new-privileges", "seccomp=" + r.profile}
+	if s.Isolation == sandbox.GVisor { // it brings its own filter; and the profile of containers lets nobody mount
+		security = []string{"no-new-privileges", "seccomp=unconfined", "apparmor=unconfined"}
+	}
 	return &container.HostConfig{
 		Runtime:        r.cfg.Runtime,
 		NetworkMode:    "none",
 		IpcMode:        container.IPCModePrivate,
 		CgroupnsMode:   container.CgroupnsModePrivate,
 		CapDrop:        []string{"ALL"},
-		CapAdd:         engine.Capabilities(),
-		SecurityOpt:    []string{"no-new-privileges", "seccomp=" + r.profile},
+		CapAdd:         engine.Capabilities(s.Isolation),
+		SecurityOpt:    security,
 		ReadonlyRootfs: true,
 		Init:           &no,
-		ShmSize:        shmBytes,
+		ShmSize:        engine.ShmBytes,
 		LogConfig:      container.LogConfig{Type: "none"},
 		Mounts: []mount.Mount{{
 			Type: mount.TypeBind, Source: r.state.GuestDir(), Target: sandbox.Run, ReadOnly: true,

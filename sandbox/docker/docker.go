@@ -17,6 +17,10 @@
 // sandbox.ErrDied. The guest ends when the stream ends, so the death of the
 // agent ends what runs, whatever the daemon does.
 //
+// A box with a kernel of its own (gVisor) is such a container, too: what runs in it
+// is a keeper that starts that kernel there (ADR 0016). It needs a daemon that gives
+// containers a user namespace.
+//
 // The daemon must be on this machine, in its pid namespace, and see the state
 // directory at the same path. It pulls images, if it is told to (Pull); Create
 // asks no registry. The engine's variables of the environment and its
@@ -39,6 +43,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/engine"
+	"github.com/mayfly-ci/mayfly/sandbox/gvisor"
 )
 
 // DefaultHost is where a daemon listens if nobody says otherwise.
@@ -64,6 +69,10 @@ type Config struct {
 	// Runtime names an OCI runtime of the daemon that runs processes on the
 	// kernel of this machine, as runc does. The default is the daemon's.
 	Runtime string
+	// GVisor is for boxes with a kernel of their own. It is run in the container, by
+	// what runs in it, and is nothing that the daemon knows; the daemon must give
+	// containers a user namespace (userns-remap).
+	GVisor gvisor.Config
 	// Limits are the defaults of a Spec. What is zero here is 4 GiB of memory,
 	// 4096 processes, 2 cores, 10 GiB and a million files.
 	Limits sandbox.Limits
@@ -78,6 +87,7 @@ type Runtime struct {
 	engine  *client.Client
 	profile string // seccomp
 	state   *engine.State
+	runsc   *gvisor.Runsc
 }
 
 var (
@@ -105,7 +115,7 @@ func (c *Config) complete() error {
 	if c.Image == "" {
 		return errors.New("docker: no image: name the one that boxes have if a rule names none")
 	}
-	if err := errors.Join(c.Images.Check(), c.Images.Allow(c.Image)); err != nil {
+	if err := errors.Join(c.Images.Check(), c.Images.Allow(c.Image), c.GVisor.Validate()); err != nil {
 		return fmt.Errorf("docker: %w", err)
 	}
 	if c.Trace == nil {
@@ -125,7 +135,7 @@ func New(cfg Config) (*Runtime, error) {
 	if err := cfg.complete(); err != nil {
 		return nil, err
 	}
-	r := &Runtime{cfg: cfg}
+	r := &Runtime{cfg: cfg, runsc: gvisor.New(cfg.GVisor)}
 	var err error
 	if r.state, err = engine.Open(cfg.StateDir, cfg.Owner, cfg.Guest); err != nil {
 		return nil, fmt.Errorf("docker: %w", err)

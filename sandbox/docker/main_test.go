@@ -2,6 +2,8 @@ package docker
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os"
 	"testing"
 	"time"
@@ -9,8 +11,10 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/engine/enginetest"
 	"github.com/mayfly-ci/mayfly/sandbox/guest"
+	"github.com/mayfly-ci/mayfly/sandbox/gvisor"
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 	"github.com/mayfly-ci/mayfly/test/dockertest"
+	"github.com/mayfly-ci/mayfly/test/servertest"
 )
 
 func TestMain(m *testing.M) {
@@ -22,8 +26,16 @@ func TestMain(m *testing.M) {
 		cfg.Image, cfg.Trace = o.Image, trace
 		return New(cfg)
 	})
+	runsc, err := servertest.Runsc(context.Background())
+	if err := errors.Join(err, os.Setenv(runscEnv, runsc)); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
 	os.Exit(m.Run())
 }
+
+// runscEnv is where gVisor's runsc lies.
+const runscEnv = "MAYFLY_DOCKER_RUNSC"
 
 func needRoot(t testing.TB) {
 	t.Helper()
@@ -46,7 +58,7 @@ func config(t testing.TB, d *dockertest.Daemon) Config {
 func testConfig(state, host string) (Config, error) {
 	program, err := guest.Binary()
 	return Config{
-		StateDir: state, Owner: "test", Guest: program, Host: host, Image: dockertest.Debian,
+		StateDir: state, Owner: "test", Guest: program, Host: host, Image: dockertest.Debian, GVisor: gvisor.Config{Runsc: os.Getenv(runscEnv)},
 		Limits: sandbox.Limits{Memory: 512 << 20, Pids: 512, MilliCPU: 2000, Disk: 1 << 30, Inodes: 50_000},
 	}, err
 }

@@ -19,7 +19,7 @@ func TestSuite(t *testing.T) {
 		d := e.Start(t)
 		cfg := config(t, d)
 		t.Cleanup(func() { nothingLeft(t, d, cfg.StateDir) })
-		conform(t, d, cfg, "user id range")
+		conform(t, d, cfg, "user id range", "gvisor")
 	})
 }
 
@@ -27,10 +27,7 @@ func TestSuite(t *testing.T) {
 func TestSuiteRemapped(t *testing.T) { each(t, remapped) }
 
 func remapped(t *testing.T, e dockertest.Engine) {
-	plain, d := dockertest.Start(t), e.StartRemapped(t)
-	if err := d.CopyImage(enginetest.Bounded(t), plain, dockertest.Debian); err != nil {
-		t.Fatal(err)
-	}
+	d := withUsers(t, e)
 	cfg := config(t, d)
 	t.Cleanup(func() { nothingLeft(t, d, cfg.StateDir) })
 	t.Run("root is nobody outside", func(t *testing.T) {
@@ -40,6 +37,16 @@ func remapped(t *testing.T, e dockertest.Engine) {
 		}
 	})
 	conform(t, d, cfg)
+}
+
+// withUsers is a daemon that has user namespaces, and the image.
+func withUsers(t *testing.T, e dockertest.Engine) *dockertest.Daemon {
+	t.Helper()
+	plain, d := dockertest.Start(t), e.StartRemapped(t)
+	if err := d.CopyImage(enginetest.Bounded(t), plain, dockertest.Debian); err != nil {
+		t.Fatal(err)
+	}
+	return d
 }
 
 // each runs a test on all engines at once.
@@ -56,16 +63,21 @@ func each(t *testing.T, test func(*testing.T, dockertest.Engine)) {
 // hold.
 func conform(t *testing.T, d *dockertest.Daemon, cfg Config, unenforced ...string) {
 	t.Helper()
+	h := harness(t, d, cfg, unenforced...)
+	sandboxtest.Run(t, func(*testing.T) sandboxtest.Harness { return h })
+}
+
+func harness(t *testing.T, d *dockertest.Daemon, cfg Config, unenforced ...string) sandboxtest.Harness {
+	t.Helper()
 	program, err := sandboxtest.BuildProbe(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := sandboxtest.Harness{
+	return sandboxtest.Harness{
 		Runtime: newRuntime(t, cfg), Owner: cfg.Owner, Probe: program, Unenforced: unenforced,
 		Again: func() (sandbox.Runtime, error) { return New(cfg) },
 		Orphan: func(ctx context.Context, name string, s sandbox.Spec) error {
 			return enginetest.Orphan(ctx, enginetest.Order{State: cfg.StateDir, Address: d.Host(), Image: cfg.Image, Name: name, Point: enginetest.PointMade, Spec: s})
 		},
 	}
-	sandboxtest.Run(t, func(*testing.T) sandboxtest.Harness { return h })
 }

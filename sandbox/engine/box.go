@@ -11,6 +11,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/guest"
+	"github.com/mayfly-ci/mayfly/sandbox/gvisor"
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 )
 
@@ -20,6 +21,7 @@ type Box struct {
 	Name    string
 	Process *Process // nil until Enter
 	Disk    *kernel.Disk
+	Kernel  *Kernel // of its own; nil is that of the machine
 
 	// Layers are directories of the host, the topmost first, which become the
 	// lower part of the root instead of the root of the container. Their files
@@ -36,17 +38,25 @@ type Box struct {
 
 var _ sandbox.Sandbox = (*Box)(nil)
 
+// A Standard is what the boxes of a runtime have where a spec says nothing, and what
+// their own kernels are made of.
+type Standard struct {
+	Limits sandbox.Limits
+	Image  string
+	Runsc  *gvisor.Runsc
+}
+
 // Complete is the spec with what the runtime has where it says nothing. It
 // refuses what no box of an engine can be.
-func Complete(s sandbox.Spec, defaults sandbox.Limits, image string) (sandbox.Spec, error) {
+func Complete(ctx context.Context, s sandbox.Spec, standard Standard) (sandbox.Spec, error) {
 	var err error
-	if s.Limits, err = kernel.Limits(s.Limits, defaults); err != nil {
+	if s.Limits, err = kernel.Limits(s.Limits, standard.Limits); err != nil {
 		return s, err
 	}
-	if s.Isolation != sandbox.Kernel {
-		return s, fmt.Errorf("isolation %q: %w", s.Isolation, sandbox.ErrUnsupported)
+	if err := checkKernel(ctx, standard.Runsc, s.Isolation); err != nil {
+		return s, err
 	}
-	s.Image = cmp.Or(s.Image, image)
+	s.Image = cmp.Or(s.Image, standard.Image)
 	return s, kernel.CheckMounts(s.Mounts)
 }
 
@@ -60,7 +70,7 @@ func (b *Box) Enter(ctx context.Context, pid int, id string, s sandbox.Spec) (er
 	if b.groups, err = b.Process.groups(); err != nil {
 		return err
 	}
-	if err := errors.Join(b.Process.confined(), b.groups.limited(s.Limits)); err != nil {
+	if err := errors.Join(b.Process.confined(s.Isolation), b.groups.limited(s.Limits)); err != nil {
 		return err
 	}
 	b.conn, err = b.enter(ctx, s.Mounts)
@@ -71,7 +81,7 @@ func (b *Box) Enter(ctx context.Context, pid int, id string, s sandbox.Spec) (er
 func (b *Box) Begin(ctx context.Context) (err error) {
 	conn := b.conn
 	b.conn = nil
-	if _, err := conn.Write([]byte{0}); err != nil {
+	if err := b.Kernel.word(conn); err != nil {
 		return errors.Join(fmt.Errorf("guest: %w", err), conn.Close())
 	}
 	b.Client, err = guest.New(ctx, conn, guest.Config{})
@@ -95,7 +105,8 @@ func (b *Box) Attach(context.Context) (sandbox.Sockets, error) {
 }
 
 // Run implements sandbox.Sandbox. Exit.OOM means that the kernel killed a
-// process of the box for its memory limit since the last Run.
+// process of the box for its memory limit since the last Run. Where that process
+// is the box's own kernel the box has died of it.
 func (b *Box) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, error) {
 	exit, err := b.Client.Run(ctx, p)
 	n, countErr := b.groups.kills()
@@ -108,6 +119,9 @@ func (b *Box) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, error) 
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	exit.OOM, b.oom = n > b.oom, n
+	if exit.OOM && errors.Is(err, sandbox.ErrDied) {
+		err = fmt.Errorf("box %s: killed: out of memory: its limit was reached: %w", b.Name, err)
+	}
 	return exit, err
 }
 
@@ -140,6 +154,7 @@ func (b *Box) End(ctx context.Context) error {
 	if b.Client != nil {
 		all = errors.Join(all, b.Close())
 	}
+	all = errors.Join(all, b.Kernel.Close())
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for _, f := range []*os.File{b.sockets.TCP, b.sockets.DNS, b.sockets.Log} {

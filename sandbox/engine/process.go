@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/gvisor/keeper"
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 )
 
@@ -95,33 +96,45 @@ func (p *Process) status() (map[string]string, error) {
 }
 
 // Capabilities are what tar, install, su and a package's scripts need as root,
-// without the prefix CAP_.
-func Capabilities() []string {
-	return strings.Fields("CHOWN DAC_OVERRIDE FOWNER FSETID SETUID SETGID KILL NET_BIND_SERVICE")
+// without the prefix CAP_, and with a kernel of its own what that is made with.
+func Capabilities(wall sandbox.Isolation) []string {
+	names := strings.Fields("CHOWN DAC_OVERRIDE FOWNER FSETID SETUID SETGID KILL NET_BIND_SERVICE")
+	if wall == sandbox.GVisor {
+		names = append(names, strings.Fields("SYS_ADMIN SYS_CHROOT SYS_PTRACE SETPCAP DAC_READ_SEARCH")...)
+	}
+	return names
 }
 
-// allowed are they as bits (linux/capability.h).
+// allowed are the first of them as bits (linux/capability.h).
 const allowed = 1<<unix.CAP_CHOWN | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_FOWNER | 1<<unix.CAP_FSETID |
 	1<<unix.CAP_SETUID | 1<<unix.CAP_SETGID | 1<<unix.CAP_KILL | 1<<unix.CAP_NET_BIND_SERVICE
 
 // confined looks in the kernel whether the process is what the engine was asked
-// for: an OCI runtime may do without what it does not know.
-func (p *Process) confined() error {
+// for: an OCI runtime may do without what it does not know. With a kernel of its
+// own it has more privileges, over a user namespace that must be its own.
+func (p *Process) confined(wall sandbox.Isolation) error {
 	s, err := p.status()
 	if err != nil {
 		return err
 	}
-	for name, want := range map[string]string{"NoNewPrivs": "1", "Seccomp": "2"} {
+	bits, flags := uint64(allowed), map[string]string{"NoNewPrivs": "1", "Seccomp": "2"}
+	namespaces := []string{"mnt", "pid", "net", "ipc", "uts", "cgroup"}
+	if wall == sandbox.GVisor {
+		bits |= keeper.Privileges
+		delete(flags, "Seccomp")
+		namespaces = append(namespaces, "user")
+	}
+	for name, want := range flags {
 		if s[name] != want {
 			return fmt.Errorf("process 1 has %s %q, want %s: the daemon does not do what it was asked: %w", name, s[name], want, sandbox.ErrUnsupported)
 		}
 	}
 	for _, name := range []string{"CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"} {
-		if bits, err := strconv.ParseUint(s[name], 16, 64); err != nil || bits&^allowed != 0 {
+		if has, err := strconv.ParseUint(s[name], 16, 64); err != nil || has&^bits != 0 {
 			return fmt.Errorf("process 1 has %s %s: more than was asked for: %w", name, s[name], sandbox.ErrUnsupported)
 		}
 	}
-	for _, name := range []string{"mnt", "pid", "net", "ipc", "uts", "cgroup"} {
+	for _, name := range namespaces {
 		theirs, err := os.Readlink(proc(p.pid, "ns", name))
 		ours, ownErr := os.Readlink("/proc/self/ns/" + name)
 		if err := errors.Join(err, ownErr); err != nil {

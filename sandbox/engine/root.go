@@ -96,7 +96,7 @@ func (b *Box) enter(ctx context.Context, mounts []sandbox.Mount) (net.Conn, erro
 		if err := build.build(b.Disk); err != nil {
 			return err
 		}
-		return build.mounts(mounts, trees)
+		return build.finish(b.Kernel, mounts, trees)
 	})
 	b.sockets = sandbox.Sockets{TCP: file(fds.TCP, "tcp"), DNS: file(fds.DNS, "dns"), Log: file(fds.Log, "log")}
 	if stream < 0 {
@@ -281,7 +281,7 @@ func (p *Process) trees(mounts []sandbox.Mount, remapped bool) (fds []int, err e
 	return fds, nil
 }
 
-// mounts puts them into the root, which is that of this thread by now.
+// mounts puts them into the root.
 func (b *builder) mounts(mounts []sandbox.Mount, trees []int) error {
 	root, err := unix.Open("/", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -325,6 +325,26 @@ func (b *builder) directories() error {
 			return fmt.Errorf("directory of the box: %w", err)
 		}
 	}
+	return nil
+}
+
+// finish puts what is not of the image into the root, which is that of this thread
+// by now. A kernel of its own has such file systems itself.
+func (b *builder) finish(k *Kernel, mounts []sandbox.Mount, trees []int) error {
+	if k == nil {
+		if err := b.run(); err != nil {
+			return err
+		}
+		return b.mounts(mounts, trees)
+	}
+	if err := b.mounts(mounts, trees); err != nil {
+		return err
+	}
+	return b.yard(k.bundle)
+}
+
+// run makes the directory of secrets, which never reaches a disk.
+func (b *builder) run() error {
 	return attach("run", sandbox.Run, "tmpfs", fmt.Sprintf("mode=755,size=%d,nr_inodes=16384,uid=%d,gid=%d", runBytes, b.uid, b.gid))
 }
 

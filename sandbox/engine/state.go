@@ -28,6 +28,12 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox/kernel"
 )
 
+// What every box of an engine has.
+const (
+	ShmBytes = 64 << 20 // of /dev/shm; counted as memory
+	MaxFiles = 1 << 16  // open files of a process, where the limit of who starts it allows
+)
+
 // Labels of every container.
 const (
 	LabelRuntime    = "ci.mayfly.runtime" // names the state directory
@@ -107,12 +113,15 @@ func (s *State) Dir(name string) string { return filepath.Join(s.dir, boxesDir, 
 // GuestDir holds the guest program, and is mounted in containers.
 func (s *State) GuestDir() string { return filepath.Join(s.dir, guestDir) }
 
-// GuestArgs is the command of process 1: it waits for its agent, and ends at
-// that time, if there is one.
-func (s *State) GuestArgs(expires time.Time) []string {
+// GuestArgs is the command of process 1: it waits for its agent, and ends at the
+// time of the spec, if there is one.
+func (s *State) GuestArgs(spec sandbox.Spec) []string {
 	args := []string{sandbox.Run + "/" + s.Program, "listen"}
-	if !expires.IsZero() {
-		args = append(args, strconv.FormatInt(max(expires.Unix(), 1), 10))
+	if spec.Isolation == sandbox.GVisor {
+		args[1] = "keep"
+	}
+	if !spec.Expires.IsZero() {
+		args = append(args, strconv.FormatInt(max(spec.Expires.Unix(), 1), 10))
 	}
 	return args
 }

@@ -190,8 +190,10 @@ func TestForeignProcess(t *testing.T) {
 	}
 	// This test runs in no container, and with all that root may.
 	p := &Process{pid: os.Getpid(), fd: -1}
-	if err := p.confined(); !errors.Is(err, sandbox.ErrUnsupported) {
-		t.Errorf("confined: got %v, want ErrUnsupported", err)
+	for _, wall := range []sandbox.Isolation{sandbox.Kernel, sandbox.GVisor} {
+		if err := p.confined(wall); !errors.Is(err, sandbox.ErrUnsupported) {
+			t.Errorf("confined %q: got %v, want ErrUnsupported", wall, err)
+		}
 	}
 }
 
