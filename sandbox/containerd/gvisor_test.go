@@ -29,6 +29,9 @@ func TestGVisor(t *testing.T) {
 			t.Run("killed agent", func(t *testing.T) { killedAgents(t, d, sandbox.GVisor, points()[10:15]) })
 			t.Run("broken", func(t *testing.T) { brokenRunsc(t, d) })
 			t.Run("killed daemon", func(t *testing.T) { killedDuringJob(t, d, r, sandbox.GVisor) })
+			if v != containerdtest.Newer { // as much as differs has been seen
+				return
+			}
 			h := enginetest.Behind(harness(t, d, cfg), func(name string) []int { return enginetest.Processes(id(name)) })
 			sandboxtest.Run(t, func(*testing.T) sandboxtest.Harness { return h })
 		})

@@ -24,6 +24,9 @@ func TestGVisor(t *testing.T) {
 			Runtime: r, ID: id, FirstID: dockertest.RemappedID, NothingLeft: func(t testing.TB) { nothingLeft(t, d, cfg.StateDir) },
 		})
 		t.Run("killed agent", func(t *testing.T) { killedAgents(t, d, sandbox.Spec{Isolation: sandbox.GVisor}, points()[5:10]) })
+		if e.Name != dockertest.Newer().Name { // as much as differs has been seen
+			return
+		}
 		h := enginetest.Behind(harness(t, d, cfg), func(name string) []int { return enginetest.Processes(id(name)) })
 		sandboxtest.Run(t, func(*testing.T) sandboxtest.Harness { return h })
 	})

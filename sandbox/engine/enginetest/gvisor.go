@@ -111,19 +111,23 @@ func (w World) outside(name string, pid int) error {
 // Destroy finds the rest.
 func (w World) parts(t *testing.T) {
 	for _, part := range []string{Keeper, Sentry, Gofer} {
-		name := "dies-with-its-" + part
-		b := Create(t, w.Runtime, name, sandbox.Spec{Isolation: sandbox.GVisor})
-		Script(t, b, "sleep 1000 & echo up")
-		if err := unix.Kill(w.some(t, name)[part][0], unix.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
-		Eventually(t, "processes end without help", func() bool { return len(Processes(w.ID(name))) == 0 })
-		if _, err := b.Run(Bounded(t), sandbox.Process{Args: []string{"/bin/true"}}); !errors.Is(err, sandbox.ErrDied) {
-			t.Errorf("Run in a box whose %s is dead: got %v, want ErrDied", part, err)
-		}
-		if err := w.Runtime.Destroy(Bounded(t), name); err != nil {
-			t.Error(err)
-		}
+		t.Run(part, func(t *testing.T) {
+			t.Parallel() // a keeper lingers
+			w.dies(t, part)
+		})
+	}
+}
+
+func (w World) dies(t *testing.T, part string) {
+	name := "dies-with-its-" + part
+	b := Create(t, w.Runtime, name, sandbox.Spec{Isolation: sandbox.GVisor})
+	Script(t, b, "sleep 1000 & echo up")
+	if err := unix.Kill(w.some(t, name)[part][0], unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	Eventually(t, "processes end without help", func() bool { return len(Processes(w.ID(name))) == 0 })
+	if _, err := b.Run(Bounded(t), sandbox.Process{Args: []string{"/bin/true"}}); !errors.Is(err, sandbox.ErrDied) {
+		t.Errorf("Run in a box whose %s is dead: got %v, want ErrDied", part, err)
 	}
 }
 
