@@ -7,7 +7,10 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/mayfly-ci/mayfly/sandbox"
+	"github.com/mayfly-ci/mayfly/sandbox/engine"
 	"github.com/mayfly-ci/mayfly/sandbox/engine/enginetest"
 	"github.com/mayfly-ci/mayfly/sandbox/sandboxtest"
 	"github.com/mayfly-ci/mayfly/test/containerdtest"
@@ -27,6 +30,7 @@ func TestGVisor(t *testing.T) {
 				Runtime: r, ID: id, FirstID: defaultFirst, NothingLeft: func(t testing.TB) { nothingLeft(t, d, cfg.StateDir) },
 			})
 			t.Run("killed agent", func(t *testing.T) { killedAgents(t, d, sandbox.GVisor, points()[10:15]) })
+			t.Run("stopped kernel", func(t *testing.T) { stoppedKernel(t, r, id("stopped")) })
 			t.Run("broken", func(t *testing.T) { brokenRunsc(t, d) })
 			t.Run("killed daemon", func(t *testing.T) { killedDuringJob(t, d, r, sandbox.GVisor) })
 			if v != containerdtest.Newer { // as much as differs has been seen
@@ -36,6 +40,22 @@ func TestGVisor(t *testing.T) {
 			sandboxtest.Run(t, func(*testing.T) sandboxtest.Harness { return h })
 		})
 	}
+}
+
+// stoppedKernel: a kernel that heeds nothing any more ends with its agent all the
+// same, for the keeper sees that.
+func stoppedKernel(t *testing.T, r *Runtime, id string) {
+	b := enginetest.Create(t, r, "stopped", sandbox.Spec{Isolation: sandbox.GVisor}).(*engine.Box)
+	enginetest.Script(t, b, "true")
+	for _, pid := range enginetest.Parts(t, id)[enginetest.Sentry] {
+		if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := b.Kernel.Close(); err != nil { // as the death of the agent does
+		t.Error(err)
+	}
+	enginetest.Eventually(t, "processes end without help", func() bool { return len(enginetest.Processes(id)) == 0 })
 }
 
 // brokenRunsc: what is no gVisor gives no box, says why, and is told by Check.
