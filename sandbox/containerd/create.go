@@ -138,13 +138,14 @@ func (r *Runtime) build(ctx context.Context, b *engine.Box, s sandbox.Spec, chai
 		return err
 	}
 	r.cfg.Trace("containerd.ids")
-	if err := r.container(ctx, b, s, chain, first); err != nil {
-		return err
-	}
-	if b.Disk, err = kernel.NewDisk(template, r.state.Dir(b.Name)); err != nil {
-		return err
-	}
+	disk := kernel.StartDisk(template, r.state.Dir(b.Name))
+	err = r.container(ctx, b, s, chain, first)
+	var derr error
+	b.Disk, derr = disk()
 	defer b.Disk.Detach() // the box has it, or nobody
+	if err := errors.Join(err, derr); err != nil {
+		return err
+	}
 	r.cfg.Trace("containerd.disk")
 	pid, err := r.ask(ctx, b.Name, first)
 	r.cfg.Trace("containerd.answered")

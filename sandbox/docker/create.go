@@ -110,14 +110,14 @@ func (r *Runtime) build(ctx context.Context, b *engine.Box, s sandbox.Spec, temp
 	if b.Kernel, err = engine.OpenKernel(ctx, r.runsc, s); err != nil {
 		return err
 	}
+	disk := kernel.StartDisk(template, r.state.Dir(b.Name))
 	id, err := r.container(ctx, b.Name, s)
-	if err != nil {
-		return err
-	}
-	if b.Disk, err = kernel.NewDisk(template, r.state.Dir(b.Name)); err != nil {
-		return err
-	}
+	var derr error
+	b.Disk, derr = disk()
 	defer b.Disk.Detach() // the box has it, or nobody
+	if err := errors.Join(err, derr); err != nil {
+		return err
+	}
 	r.cfg.Trace("docker.disk")
 	if err := r.engine.ContainerStart(ctx, id, container.StartOptions{}); err != nil {
 		return fmt.Errorf("start: %w", err)

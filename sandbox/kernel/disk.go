@@ -133,7 +133,40 @@ func NewDisk(template, dir string) (*Disk, error) {
 		return nil, errors.Join(fmt.Errorf("disk: root: %w", err), unix.Close(d.Mount))
 	}
 	d.Root = os.NewFile(uintptr(fd), "disk")
+	if err := d.stir(); err != nil {
+		return nil, errors.Join(fmt.Errorf("disk: first change: %w", err), d.Root.Close(), unix.Close(d.Mount))
+	}
 	return d, nil
+}
+
+// stir changes something and takes it back. The first change of a file system
+// reads what is later there: a box that is made meanwhile need not wait for it.
+func (d *Disk) stir() error {
+	at := int(d.Root.Fd())
+	fd, err := unix.Openat(at, ".", unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return err
+	}
+	const name = ".stir"
+	return errors.Join(
+		unix.Fsetxattr(fd, "user.mayfly", []byte("y"), 0),
+		unix.Close(fd),
+		unix.Mkdirat(at, name, 0o700),
+		unix.Unlinkat(at, name, unix.AT_REMOVEDIR),
+	)
+}
+
+// StartDisk is NewDisk for a maker that has something else to do: most of it is
+// waiting for the kernel. It must call wait.
+func StartDisk(template, dir string) (wait func() (*Disk, error)) {
+	var d *Disk
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		d, err = NewDisk(template, dir)
+		done <- err
+	}()
+	return func() (*Disk, error) { err := <-done; return d, err }
 }
 
 // clone copies what is allocated in the template and leaves the rest a hole.
@@ -266,9 +299,10 @@ func Gone(ctx context.Context, dir string, number int) error {
 	})
 }
 
-// Detach lets go of the mount, which a box may have by now.
+// Detach lets go of the mount, which a box may have by now. Of no disk there is
+// none.
 func (d *Disk) Detach() {
-	if d.Mount >= 0 {
+	if d != nil && d.Mount >= 0 {
 		_ = unix.Close(d.Mount) // a mount has nothing to write
 		d.Mount = -1
 	}

@@ -21,6 +21,7 @@ type box struct {
 	process *os.Process
 	dead    chan struct{} // closed when process 1 has been reaped, and everything of the box with it
 	disk    *kernel.Disk
+	first   uint32 // who root of the box is outside of it
 
 	// With a kernel of its own.
 	runsc     *os.File // the program, until the box is made
@@ -76,6 +77,14 @@ func (b *box) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, error) 
 		err = fmt.Errorf("native: box %s: killed: out of memory: its limit was reached: %w", b.name, err)
 	}
 	return exit, err
+}
+
+// withDisk puts the disk of the box, if it has one, before its layers.
+func (b *box) withDisk(layers []int) []int {
+	if b.disk == nil {
+		return layers
+	}
+	return append([]int{b.disk.Mount}, layers...)
 }
 
 // kill ends the box at once. It does not wait.

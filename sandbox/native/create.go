@@ -113,22 +113,21 @@ func (r *Runtime) build(ctx context.Context, b *box, s sandbox.Spec, from base) 
 	if err != nil {
 		return err
 	}
+	b.first = first
 	r.cfg.Trace("native.ids")
-	if r.groups != nil {
-		if err := r.groups.make(b.name, s.Limits); err != nil {
-			return err
-		}
-		r.cfg.Trace("native.cgroup")
+	disk := func() (*kernel.Disk, error) { return nil, nil }
+	if !r.cfg.Unprivileged {
+		disk = kernel.StartDisk(from.template, r.dir(b.name))
 	}
-	far, err := r.start(b, first)
-	if err != nil {
-		return err
-	}
-	r.cfg.Trace("native.started")
+	far, err := r.begin(b, s.Limits, first)
+	var derr error
+	b.disk, derr = disk()
+	defer b.disk.Detach() // the box has it, or nobody
+	err = errors.Join(err, derr)
 	setup := r.plan(s, from.etc)
 	var fds []int
-	if !r.cfg.Unprivileged { // the guest boots meanwhile
-		fds, err = r.mounts(ctx, b, from, s.Image, setup)
+	if err == nil && !r.cfg.Unprivileged { // the guest makes its network meanwhile
+		fds, err = r.mounts(ctx, b, s.Image, setup)
 		defer func() {
 			for _, fd := range fds {
 				_ = unix.Close(fd) // sent, or of no use
@@ -141,7 +140,7 @@ func (r *Runtime) build(ctx context.Context, b *box, s sandbox.Spec, from base) 
 		setup.Bundle, err = bundle(setup)
 	}
 	if err == nil {
-		err = far.send(setup.Encode(), fds)
+		err = far.send(setup.Encode(), b.withDisk(fds))
 	}
 	if err != nil {
 		return errors.Join(err, far.close())
@@ -159,6 +158,21 @@ func (r *Runtime) build(ctx context.Context, b *box, s sandbox.Spec, from base) 
 		return err
 	}
 	return errors.Join(err, far.setup.Close())
+}
+
+// begin makes the control groups and starts the guest in them.
+func (r *Runtime) begin(b *box, l sandbox.Limits, first uint32) (*sockets, error) {
+	if r.groups != nil {
+		if err := r.groups.make(b.name, l); err != nil {
+			return nil, err
+		}
+		r.cfg.Trace("native.cgroup")
+	}
+	far, err := r.start(b, first)
+	if err == nil {
+		r.cfg.Trace("native.started")
+	}
+	return far, err
 }
 
 // plan is the Setup of a box. An unprivileged box cannot change its base:
@@ -276,20 +290,16 @@ func (r *Runtime) namespace(attr *syscall.SysProcAttr, first uint32) {
 	attr.GidMappingsEnableSetgroups = true
 }
 
-// mounts makes the disk and the layers, all mapped to the ids of the box, and says
-// in the setup how many of them are the image's.
-func (r *Runtime) mounts(ctx context.Context, b *box, from base, ref string, setup *boxinit.Setup) (fds []int, err error) {
+// mounts makes the layers, mapped to the ids of the box as the disk is from now
+// on, and says in the setup how many of them are the image's.
+func (r *Runtime) mounts(ctx context.Context, b *box, ref string, setup *boxinit.Setup) (fds []int, err error) {
 	ns, err := os.Open("/proc/" + strconv.Itoa(b.process.Pid) + "/ns/user")
 	if err != nil {
 		return nil, fmt.Errorf("user namespace: %w", err)
 	}
 	defer ns.Close() // the mounts have their own
-	if b.disk, err = kernel.NewDisk(from.template, r.dir(b.name)); err != nil {
-		return nil, err
-	}
-	fds = append(fds, b.disk.Mount)
 	if err := kernel.IDMap(b.disk.Mount, 0, ns); err != nil {
-		return fds, fmt.Errorf("disk: %w", err)
+		return nil, fmt.Errorf("disk: %w", err)
 	}
 	if ref != "" {
 		err := r.images.Layers(ctx, ref, func(dirs []string) (err error) {

@@ -47,7 +47,12 @@ func socketPair(kind int) (*net.UnixConn, *os.File, error) {
 	return conn.(*net.UnixConn), far, nil
 }
 
-func (s *sockets) close() error { return errors.Join(s.setup.Close(), s.control.Close()) }
+func (s *sockets) close() error {
+	if s == nil {
+		return nil // no guest was started
+	}
+	return errors.Join(s.setup.Close(), s.control.Close())
+}
 
 // send gives the guest its Setup and the mounts.
 func (s *sockets) send(message []byte, fds []int) error {

@@ -57,9 +57,16 @@ func Run() error {
 // prepare does everything that comes before the guest, and answers: a byte and
 // the sockets, or a byte and what went wrong.
 func prepare() (s *Setup, err error) {
-	sockets, err := network()
-	if err == nil {
-		s, err = build()
+	var sockets netns.FDs
+	ready := make(chan error, 1)
+	go func() { // beside the file system: both wait for the kernel
+		var err error
+		sockets, err = network()
+		ready <- err
+	}()
+	s, err = build()
+	if err = errors.Join(<-ready, err); err == nil {
+		err = confine(s)
 	}
 	answer := []byte{0} // never empty: an empty packet looks like the end of the stream
 	var rights []byte
@@ -94,7 +101,7 @@ func build() (*Setup, error) {
 	if err := (&builder{Setup: s, fds: fds}).filesystem(); err != nil {
 		return nil, err
 	}
-	return s, confine(s)
+	return s, nil
 }
 
 // receive waits for the Setup and its descriptors.
