@@ -65,8 +65,9 @@ type pool struct {
 type warmBox struct {
 	class
 	name    string
-	made    string       // key of what it was made with, when its image was known
-	log     *journal.Log // owes it until a job does
+	made    string          // key of what it was made with, when its image was known
+	mounts  []sandbox.Mount // that the job had put into it
+	log     *journal.Log    // owes it until a job does
 	box     sandbox.Sandbox
 	expires time.Time
 	unlist  func() // lets the reaper have it
@@ -101,10 +102,11 @@ type class struct {
 	life    time.Duration // that a job may need it for: the longest of the rules
 }
 
-// classKey has all that a runtime is told, whatever a Spec comes to have. What
-// does not print as equal is not: then a box is made for the job.
+// classKey has all that a runtime is told, whatever a Spec comes to have, but what
+// may be put into a box later. What does not print as equal is not: then a box is
+// made for the job.
 func classKey(runtime string, s sandbox.Spec) string {
-	s.Labels, s.Expires = sandbox.Labels{}, time.Time{}
+	s.Labels, s.Expires, s.Mounts = sandbox.Labels{}, time.Time{}, nil
 	return fmt.Sprintf("%s %#v", runtime, s)
 }
 
@@ -136,11 +138,14 @@ func Classes(p *policy.Policy) int {
 func (p *pool) take(ctx context.Context, runtime string, s sandbox.Spec, until time.Time) *warmBox {
 	p.stir()
 	for key := classKey(runtime, s); ctx.Err() == nil; {
-		b := p.pick(key, until)
+		b := p.pick(key, until, len(s.Mounts) > 0)
 		if b == nil {
 			break
 		}
 		err := b.answers(ctx)
+		if err == nil {
+			err = b.mount(ctx, s.Mounts)
+		}
 		if err == nil {
 			return b
 		}
@@ -149,11 +154,11 @@ func (p *pool) take(ctx context.Context, runtime string, s sandbox.Spec, until t
 	return nil
 }
 
-func (p *pool) pick(key string, until time.Time) *warmBox {
+func (p *pool) pick(key string, until time.Time, mounts bool) *warmBox {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, b := range p.boxes {
-		if b.state == warmReady && !p.shut && b.key == key && !b.expires.Before(until) {
+		if b.state == warmReady && !p.shut && b.key == key && !b.expires.Before(until) && (!mounts || b.mountable()) {
 			b.state = warmTaken
 			return b
 		}
@@ -173,6 +178,26 @@ func (b *warmBox) answers(ctx context.Context) error {
 		return fmt.Errorf("it does not answer: %w", err)
 	}
 	return nil
+}
+
+// mountable reports whether directories of the host may be put into the box.
+func (b *warmBox) mountable() bool {
+	m, ok := b.box.(sandbox.Mounter)
+	return ok && m.Mount(context.Background(), nil) == nil
+}
+
+// mount shows the box what its job may see of the host: the job has taken it, and
+// nobody else gets it any more.
+func (b *warmBox) mount(ctx context.Context, mounts []sandbox.Mount) error {
+	if len(mounts) == 0 {
+		return nil
+	}
+	m, ok := b.box.(sandbox.Mounter)
+	if !ok {
+		return fmt.Errorf("mounts: %w", sandbox.ErrUnsupported)
+	}
+	b.mounts = mounts
+	return m.Mount(ctx, mounts)
 }
 
 // reject has a box destroyed.
@@ -245,13 +270,13 @@ func (p *pool) ready() int {
 // fits reports whether the box is what the runtime would make of the spec. When
 // it was taken, it was not known yet what the image of the plan is.
 func (b *warmBox) fits(runtime string, s sandbox.Spec) bool {
-	return b != nil && b.made == classKey(runtime, s)
+	return b != nil && b.made == classKey(runtime, s) && slices.Equal(b.mounts, s.Mounts)
 }
 
 // take gives the job a warm box that will do, if there is one.
 func (l *life) take(ctx context.Context, plan policy.Plan, deadline time.Time) {
 	s := specOf(plan)
-	s.Mounts = l.mounts // with some, no box will do
+	s.Mounts = l.mounts // with some, only a box that they can be put into will do
 	if l.warm = l.pool.take(ctx, plan.Runtime, s, l.expires(plan, deadline)); l.warm != nil {
 		l.clock.mark("take")
 	}

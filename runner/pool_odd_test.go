@@ -2,6 +2,7 @@ package runner_test
 
 import (
 	"context"
+	"errors"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/providers"
 	"github.com/mayfly-ci/mayfly/runner"
+	"github.com/mayfly-ci/mayfly/runner/gitcache"
 	"github.com/mayfly-ci/mayfly/runner/policy"
 	"github.com/mayfly-ci/mayfly/sandbox"
 )
@@ -252,4 +254,56 @@ type retagged struct {
 
 func (r *retagged) Pull(context.Context, sandbox.Pull) (sandbox.Image, error) {
 	return sandbox.Image{Ref: r.ref.Load().(string), Digest: "sha256:1"}, nil
+}
+
+// A warm box is shown the git objects of the job that takes it, if that can be
+// done. Where it cannot, or fails, the job has a box that is made for it.
+func TestWarmBoxWithGitCache(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		fails   func(mounts int) bool // the n-th call of Mount; the first only asks
+		adopted int
+		dropped string
+	}{
+		"can":    {func(int) bool { return false }, 1, "the agent stops"},
+		"cannot": {func(int) bool { return true }, 0, "the agent stops"},
+		"fails":  {func(n int) bool { return n == 2 }, 0, "no mount today"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				calls := 0
+				w.failWith(func(call, _ string) error { // the world's lock is held
+					if call != "box.mount" {
+						return nil
+					}
+					if calls++; test.fails(calls) {
+						return errors.New("no mount today")
+					}
+					return nil
+				})
+				a, stop := w.start(func(c *runner.Config) {
+					warm(1)(c)
+					c.Git = &worldGit{w: w}
+					c.Providers = map[string]providers.Provider{"ci": sourceProvider{worldProvider: (*worldProvider)(w)}}
+				})
+				warmed(t, a, 1)
+				w.offers <- job(providers.Step{Run: "mounted " + gitcache.Target + "\nenv GIT_TEMPLATE_DIR"})
+				r := <-w.results
+				if got, want := w.shown(), "/objects/of/local\n"+gitcache.TemplateDir+"\n"; r.Conclusion != providers.Success || got != want {
+					t.Errorf("got %+v and the log %q, want success and %q", r, got, want)
+				}
+				if n := len(w.adopted()); n != test.adopted {
+					t.Errorf("%d boxes were adopted, want %d", n, test.adopted)
+				}
+				warmed(t, a, 1)
+				stop()
+				if why := w.dropped(); len(why) == 0 || why[0] != test.dropped {
+					t.Errorf("dropped: got %q, want %q first", why, test.dropped)
+				}
+				w.clean()
+			})
+		})
+	}
 }

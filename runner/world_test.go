@@ -402,6 +402,10 @@ func (b worldBox) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, err
 	return b.Sandbox.Run(ctx, p)
 }
 
+func (b worldBox) Mount(ctx context.Context, mounts []sandbox.Mount) error {
+	return b.Sandbox.(sandbox.Mounter).Mount(ctx, mounts)
+}
+
 func (b worldBox) Probe(ctx context.Context, attempts []sandbox.Attempt) ([]sandbox.Outcome, error) {
 	outcomes, err := b.Sandbox.(sandbox.Prober).Probe(ctx, attempts)
 	if err == nil && b.w.probed != nil {

@@ -200,6 +200,17 @@ type Prober interface {
 	Probe(ctx context.Context, attempts []Attempt) ([]Outcome, error)
 }
 
+// A Mounter is a Sandbox that may be shown directories of the host after it was
+// made, as one is that was made before its job was known.
+type Mounter interface {
+	// Mount does what Spec.Mounts does of a box that has none, and refuses what
+	// Create does. It is called at most once with mounts, before the first Run:
+	// nothing of a job may be in the box yet. A box of which it fails must not be
+	// used. With no mounts it does nothing, and is ErrUnsupported of a box that
+	// could have none.
+	Mount(ctx context.Context, mounts []Mount) error
+}
+
 // An Attempt is something to try with a socket: "tcp" and "udp" connect to
 // Address and send Text, and "udp" waits for an answer; "raw", "packet" and
 // "vsock" only make a socket of that family.

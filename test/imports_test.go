@@ -37,7 +37,7 @@ func table() []row {
 		{"sandbox/...", "sandbox creds sandbox/egress sandbox/netns sandbox/guest sandbox/wall", "a runtime builds boxes and their network, and knows neither jobs nor policy"},
 		{"sandbox/kernel", "sandbox", "what runtimes on one kernel share; it knows no runtime"},
 		{"sandbox/mountpoint", "", "linked into process 1"},
-		{"sandbox/native", "sandbox creds sandbox/egress sandbox/netns sandbox/guest sandbox/kernel sandbox/gvisor sandbox/image sandbox/native/boxinit", "a runtime, and what it makes of the first process of a box"},
+		{"sandbox/native", "sandbox creds sandbox/egress sandbox/netns sandbox/guest sandbox/kernel sandbox/gvisor sandbox/image sandbox/native/boxinit sandbox/mountpoint", "a runtime, and what it makes of the first process of a box"},
 		{"sandbox/gvisor", "sandbox sandbox/gvisor/keeper", "a kernel of a box's own, whatever makes the box"},
 		{"sandbox/gvisor/keeper", "sandbox/guest/serve", "linked into process 1, which it is in place of the guest"},
 		{"sandbox/image", "sandbox", "a store of images; it knows no runtime"},

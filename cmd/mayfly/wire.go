@@ -145,7 +145,7 @@ func (w *wiring) runtimes() error {
 		case containerd.Config:
 			c.StateDir, c.Owner, c.Guest = state, w.state.Owner, program
 			c.Ask = []string{"/proc/self/exe", containerd.AskArg}
-			c.Out = w.out.For("images " + name).HTTP
+			c.Images.Out = w.out.For("images " + name).HTTP
 			runtime, err = containerd.New(c)
 		}
 		if err != nil {

@@ -90,9 +90,6 @@ type Config struct {
 	Image string
 	// Images say which images are pulled.
 	Images engine.Images
-	// Out makes a transport to registries one that leaves this machine; nil dials
-	// directly. The environment's proxy is never used.
-	Out func(*http.Transport) http.RoundTripper
 	// Runtime names a shim of containerd whose OCI runtime runs processes on the
 	// kernel of this machine, as runc does.
 	Runtime string

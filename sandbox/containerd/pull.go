@@ -145,8 +145,8 @@ func (r *Runtime) fetch(ctx context.Context, name engine.Name, p sandbox.Pull) (
 	transport := docker.DefaultHTTPTransport(nil)
 	transport.Proxy = nil // of the environment
 	web := &http.Client{Transport: transport}
-	if r.cfg.Out != nil {
-		web.Transport = r.cfg.Out(transport)
+	if r.cfg.Images.Out != nil {
+		web.Transport = r.cfg.Images.Out(transport)
 	}
 	defer transport.CloseIdleConnections()
 	who := func(host string) (string, string, error) {

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"fmt"
+	"net/http"
 	"regexp"
 	"slices"
 	"strings"
@@ -31,6 +32,9 @@ type Images struct {
 	From []string
 	// DigestOnly refuses images that are named by a tag.
 	DigestOnly bool
+	// Out makes a transport to registries one that leaves this machine; nil dials
+	// directly. The environment's proxy is never used.
+	Out func(*http.Transport) http.RoundTripper
 }
 
 // String says what they allow, for people.

@@ -74,14 +74,7 @@ func (b *Box) enter(ctx context.Context, mounts []sandbox.Mount) (net.Conn, erro
 		return nil, err
 	}
 	stream, fds := -1, netns.FDs{TCP: -1, DNS: -1, Log: -1}
-	err = kernel.OnThread(func() (err error) {
-		// A thread that shares its root with others may not change namespaces.
-		if err := unix.Unshare(unix.CLONE_FS); err != nil {
-			return fmt.Errorf("thread: %w", err)
-		}
-		if err := unix.Setns(b.Process.fd, unix.CLONE_NEWNS|unix.CLONE_NEWNET); err != nil {
-			return fmt.Errorf("enter the container: %w", err)
-		}
+	err = kernel.In(b.Process.fd, unix.CLONE_NEWNS|unix.CLONE_NEWNET, func() (err error) {
 		if err := netns.Setup(); err != nil {
 			return fmt.Errorf("box network: %w", err)
 		}
@@ -271,14 +264,32 @@ func (p *Process) trees(mounts []sandbox.Mount, remapped bool) (fds []int, err e
 		}
 		defer userns.Close() // the mounts have their own
 	}
-	for _, m := range mounts {
-		fd, err := kernel.OpenMount(m.Source, userns)
-		if err != nil {
-			return fds, err
-		}
-		fds = append(fds, fd)
+	return kernel.OpenMounts(mounts, userns)
+}
+
+// Mount implements sandbox.Mounter. The guest idles: nothing of a job is in the
+// box that could be in the way.
+func (b *Box) Mount(_ context.Context, mounts []sandbox.Mount) error {
+	if len(mounts) == 0 {
+		return nil
 	}
-	return fds, nil
+	if err := kernel.CheckMounts(mounts); err != nil {
+		return err
+	}
+	uid, gid, err := b.Process.Root()
+	if err != nil {
+		return err
+	}
+	trees, err := b.Process.trees(mounts, uid != 0)
+	defer func() {
+		for _, fd := range trees {
+			_ = unix.Close(fd) // the box has it, or nobody
+		}
+	}()
+	if err != nil {
+		return err
+	}
+	return kernel.In(b.Process.fd, unix.CLONE_NEWNS, func() error { return (&builder{uid: uid, gid: gid}).mounts(mounts, trees) })
 }
 
 // mounts puts them into the root.

@@ -82,3 +82,16 @@ func OpenMount(source string, userns *os.File) (int, error) {
 	}
 	return fd, nil
 }
+
+// OpenMounts is OpenMount of all of them, in order. What it returns is open, also
+// beside an error.
+func OpenMounts(mounts []sandbox.Mount, userns *os.File) (fds []int, err error) {
+	for _, m := range mounts {
+		fd, err := OpenMount(m.Source, userns)
+		if err != nil {
+			return fds, err
+		}
+		fds = append(fds, fd)
+	}
+	return fds, nil
+}

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // OnThread calls f on a thread that ends after it. The main thread is not
@@ -25,6 +27,22 @@ func OnThread(f func() error) error {
 		done <- f()
 	}()
 	return <-done
+}
+
+// In calls f on a thread that lives in some of the namespaces of a process, named
+// by its pidfd, and ends after it. The root of the thread is that of the mounts
+// that it has entered. What f starts on other goroutines is not there.
+func In(process, namespaces int, f func() error) error {
+	return OnThread(func() error {
+		// A thread that shares its root with others may not change namespaces.
+		if err := unix.Unshare(unix.CLONE_FS); err != nil {
+			return fmt.Errorf("thread: %w", err)
+		}
+		if err := unix.Setns(process, namespaces); err != nil {
+			return fmt.Errorf("enter the box: %w", err)
+		}
+		return f()
+	})
 }
 
 // Counter reads a "key value" line of a file of a control group.

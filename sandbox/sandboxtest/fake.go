@@ -166,6 +166,17 @@ func (b *fakeBox) Attach(ctx context.Context) (sandbox.Sockets, error) {
 	return sandbox.Sockets{}, ctx.Err()
 }
 
+// Mount has the box say what is mounted, as Create does.
+func (b *fakeBox) Mount(ctx context.Context, mounts []sandbox.Mount) error {
+	if err := errors.Join(ctx.Err(), b.fake.fail("mount", b.name)); err != nil || len(mounts) == 0 {
+		return err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.mounts = mounts
+	return nil
+}
+
 // Probe finds everything refused, and no name known.
 func (b *fakeBox) Probe(ctx context.Context, attempts []sandbox.Attempt) ([]sandbox.Outcome, error) {
 	if err := errors.Join(ctx.Err(), b.fake.fail("probe", b.name)); err != nil {

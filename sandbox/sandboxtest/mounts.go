@@ -22,6 +22,8 @@ func mountClauses() []clause {
 		{"a mount follows links as the box does", "", checkMountLinks},
 		{"a mount ends with its box and leaves its source", "", checkMountEnd},
 		{"mounts that are not clean or too many are refused", "", checkMountRefused},
+		{"a mount may come after the box", "", checkMountLater},
+		{"a mount that comes later follows links as the box does", "", checkMountLaterLinks},
 	}
 }
 
@@ -33,7 +35,12 @@ type source struct{ dir, content string }
 
 // mounted makes a box that sees a source at target. The source is removed after
 // the box, and must be what it was.
-func (h Harness) mounted(ctx context.Context, target string, do func(b *box, s source) error) (err error) {
+func (h Harness) mounted(ctx context.Context, target string, do func(b *box, s source) error) error {
+	return h.mountedBy(ctx, target, nil, do)
+}
+
+// mountedBy is mounted with mounts that are made by put, if that is not nil.
+func (h Harness) mountedBy(ctx context.Context, target string, put func(b *box, m []sandbox.Mount) error, do func(b *box, s source) error) (err error) {
 	parent, err := os.MkdirTemp("", "mayfly-mount-")
 	if err != nil {
 		return err
@@ -48,7 +55,16 @@ func (h Harness) mounted(ctx context.Context, target string, do func(b *box, s s
 	}
 	spec := h.spec(sandbox.Limits{})
 	spec.Mounts = []sandbox.Mount{{Source: s.dir, Target: target}}
+	later := spec.Mounts
+	if put != nil {
+		spec.Mounts = nil
+	}
 	err = h.with(ctx, spec, func(b *box) error {
+		if put != nil {
+			if err := put(b, later); err != nil {
+				return err
+			}
+		}
 		// What the following refuses must be there to begin with.
 		if err := b.run(ctx, shell(`cat "$1/f" "$1/dir/g"`, target)).printed(s.content + s.content); err != nil {
 			return fmt.Errorf("read: %w", err)
@@ -204,4 +220,76 @@ func checkMountRefused(ctx context.Context, h Harness) error {
 		}
 	}
 	return nil
+}
+
+// later puts mounts into a box that is there. One that could have none says so
+// before, and refuses them too: that is all that is asked of it.
+func later(ctx context.Context, b *box, mounts []sandbox.Mount) error {
+	m, ok := b.Sandbox.(sandbox.Mounter)
+	if !ok {
+		return errNoMounter
+	}
+	if err := m.Mount(ctx, nil); errors.Is(err, sandbox.ErrUnsupported) {
+		if err := m.Mount(ctx, mounts); !errors.Is(err, sandbox.ErrUnsupported) {
+			return fmt.Errorf("a box that could have none got mounts: %w", err)
+		}
+		return errNoMounter
+	} else if err != nil {
+		return err
+	}
+	return m.Mount(ctx, mounts)
+}
+
+var errNoMounter = errors.New("it can be shown nothing later")
+
+func checkMountLater(ctx context.Context, h Harness) error {
+	bad := []sandbox.Mount{{Source: os.TempDir(), Target: "/proc"}}
+	err := h.within(ctx, func(b *box) error {
+		if err := later(ctx, b, bad); !errors.Is(err, sandbox.ErrUnsupported) && !errors.Is(err, errNoMounter) {
+			return fmt.Errorf("a target over /proc: got error %w, want ErrUnsupported", err)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return h.may(h.mountedBy(ctx, mountTarget, func(b *box, m []sandbox.Mount) error {
+		return later(ctx, b, m)
+	}, func(b *box, s source) error {
+		for _, attempt := range []string{`: > "$1/new"`, `echo x >> "$1/f"`, `rm "$1/f"`, `chmod 777 "$1/f"`} {
+			if r := b.run(ctx, shell(attempt, mountTarget)); r.err != nil || r.exit.Code == 0 {
+				return fmt.Errorf("%s: got %v, want refused", attempt, r)
+			}
+		}
+		if err := b.probe(ctx, "writable", mountTarget).refused(); err != nil {
+			return err
+		}
+		if err := b.run(ctx, shell(`touch "$1/.."/beside`, mountTarget)).succeeded(); err != nil {
+			return fmt.Errorf("root of the box does not own what was made on the way: %w", err)
+		}
+		info, err := os.ReadFile("/proc/self/mountinfo")
+		if err != nil || strings.Contains(string(info), filepath.Base(filepath.Dir(s.dir))) {
+			return fmt.Errorf("the host's mounts name %s, %w", s.dir, err)
+		}
+		return nil
+	}))
+}
+
+func checkMountLaterLinks(ctx context.Context, h Harness) error {
+	name := "mayfly-mount-" + token()
+	return h.may(h.mountedBy(ctx, "/var/run/"+name+"/in", func(b *box, m []sandbox.Mount) error { return later(ctx, b, m) }, func(*box, source) error {
+		if _, err := os.Lstat("/run/" + name); !errors.Is(err, os.ErrNotExist) {
+			return errors.Join(fmt.Errorf("the target was made on the host: /run/%s, %w", name, err), os.RemoveAll("/run/"+name))
+		}
+		return nil
+	}))
+}
+
+// may takes a box that can be shown nothing later for one that keeps the contract,
+// if that is one which nobody can enter from outside.
+func (h Harness) may(err error) error {
+	if errors.Is(err, errNoMounter) && (h.Kernel != nil || os.Geteuid() != 0) {
+		return nil
+	}
+	return err
 }

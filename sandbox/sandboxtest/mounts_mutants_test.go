@@ -37,6 +37,16 @@ func mountMutants() []mutant {
 			}
 		}},
 		{"mounts that are not clean or too many are refused", unmounted},
+		{"a mount may come after the box", func(w *world) {
+			w.mount = func(context.Context, sandbox.Sandbox, []sandbox.Mount) error { return nil }
+		}},
+		{"a mount may come after the box", func(w *world) { w.mount = copyIn }},
+		{"a mount that comes later follows links as the box does", func(w *world) {
+			w.mount = func(ctx context.Context, b sandbox.Sandbox, mounts []sandbox.Mount) error {
+				_ = os.Mkdir("/run/"+filepath.Base(filepath.Dir(mounts[0].Target)), 0o755) // as a runtime that follows the host's
+				return b.(sandbox.Mounter).Mount(ctx, mounts)
+			}
+		}},
 	}
 }
 
@@ -49,18 +59,22 @@ func copied(w *world) {
 		if err != nil {
 			return b, err
 		}
-		for _, m := range mounts {
-			f, err := os.ReadFile(m.Source + "/f")
-			if err != nil {
-				return b, err
-			}
-			if err := b.Put(ctx, "/", archive(
-				entry{name: m.Target[1:] + "/f", content: string(f), mode: 0o666},
-				entry{name: m.Target[1:] + "/dir/g", content: string(f), mode: 0o644},
-			)); err != nil {
-				return b, err
-			}
-		}
-		return b, nil
+		return b, copyIn(ctx, b, mounts)
 	}
+}
+
+func copyIn(ctx context.Context, b sandbox.Sandbox, mounts []sandbox.Mount) error {
+	for _, m := range mounts {
+		f, err := os.ReadFile(m.Source + "/f")
+		if err != nil {
+			return err
+		}
+		if err := b.Put(ctx, "/", archive(
+			entry{name: m.Target[1:] + "/f", content: string(f), mode: 0o666},
+			entry{name: m.Target[1:] + "/dir/g", content: string(f), mode: 0o644},
+		)); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -32,6 +32,7 @@ type world struct {
 	list    func(ctx context.Context) ([]sandbox.Info, error)
 	check   func(ctx context.Context) ([]sandbox.Claim, error)
 	attach  func(ctx context.Context, b sandbox.Sandbox) (sandbox.Sockets, error)
+	mount   func(ctx context.Context, b sandbox.Sandbox, mounts []sandbox.Mount) error
 	probed  func([]sandbox.Outcome)
 	run     func(ctx context.Context, b sandbox.Sandbox, p sandbox.Process) (sandbox.Exit, error)
 	put     func(ctx context.Context, b sandbox.Sandbox, dir string, r io.Reader) error
@@ -84,6 +85,17 @@ func (b *worldBox) Attach(ctx context.Context) (sandbox.Sockets, error) {
 		return b.world.attach(ctx, b.Sandbox)
 	}
 	return b.Sandbox.Attach(ctx)
+}
+
+func (b *worldBox) Mount(ctx context.Context, mounts []sandbox.Mount) error {
+	m, ok := b.Sandbox.(sandbox.Mounter)
+	switch {
+	case !ok:
+		return sandbox.ErrUnsupported
+	case b.world.mount != nil && len(mounts) > 0:
+		return b.world.mount(ctx, b.Sandbox, mounts)
+	}
+	return m.Mount(ctx, mounts)
 }
 
 func (b *worldBox) Probe(ctx context.Context, attempts []sandbox.Attempt) ([]sandbox.Outcome, error) {
