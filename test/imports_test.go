@@ -30,7 +30,8 @@ type row struct {
 func table() []row {
 	return []row{
 		{"creds", "", "a contract; Secret is needed everywhere"},
-		{"creds/...", "creds", "an issuer knows its contract and its provider, and no other part"},
+		{"creds/...", "creds creds/web", "an issuer knows its contract and its provider, and no other part"},
+		{"creds/web", "", "how issuers speak HTTP; it knows no issuer"},
 		{"providers", "creds", "a contract; a CI service puts secrets of its own into a job"},
 		{"providers/...", "providers creds providers/workflow", "a service knows its contract and the workflow syntax, and no box"},
 		{"sandbox", "creds", "a contract; an image is pulled with a secret"},
