@@ -1,0 +1,37 @@
+package configs
+
+import (
+	"os"
+	"testing"
+
+	"github.com/mayfly-ci/mayfly/runner/policy"
+)
+
+// TestExampleIssuers: each issuer is in use, and each lease is of one. What the
+// sections say, cmd/mayfly reads.
+func TestExampleIssuers(t *testing.T) {
+	t.Parallel()
+	c, err := Load("agent-issuers.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	src, err := os.ReadFile(c.Policy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := policy.Parse(src, c.Policy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	used := map[string]bool{}
+	for _, g := range p.Grants() {
+		if used[g.Issuer] = true; c.Issuers[g.Issuer].Type == "" {
+			t.Errorf("lease %s: issuer %s is not of the example", g.Lease, g.Issuer)
+		}
+	}
+	for name, section := range c.Issuers {
+		if !used[name] && section.Type != "oidc" {
+			t.Errorf("issuer %s: no lease is of it", name)
+		}
+	}
+}
