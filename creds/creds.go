@@ -71,6 +71,9 @@ type Lease struct {
 	// lost with the power costs a weaker proof and never a live credential.
 	// The journal then saves the handle without waiting for the disk.
 	ByName bool
+	// Withheld says that no job may hold the values: the agent refuses a lease
+	// that a policy would give to one otherwise than by its gateway.
+	Withheld bool
 	// ExpiresAt is when the provider ends the lease by itself.
 	ExpiresAt time.Time
 }
@@ -85,8 +88,8 @@ type Proof struct {
 // Info describes a lease that exists at the issuer.
 type Info struct {
 	Name      string
-	Owner     string // installation that made it; empty if the issuer cannot say
-	ExpiresAt time.Time
+	Owner     string    // installation that made it; empty if the issuer cannot say
+	ExpiresAt time.Time // zero if the provider does not know
 }
 
 // An Issuer mints, takes back and probes leases.

@@ -96,6 +96,19 @@ func placeholders(l policy.Lease, lease creds.Lease) (map[string]string, error) 
 	return stand, errors.Join(errs...)
 }
 
+// withhold refuses to give a job a value that its issuer lets no job have.
+func withhold(l policy.Lease, lease creds.Lease) error {
+	if !lease.Withheld {
+		return nil
+	}
+	for _, field := range l.InClear() {
+		if _, ok := lease.Values[field]; ok {
+			return fmt.Errorf("lease %s: the job would hold %q, which issuer %s lets no job have: name it under broker, and not under clear", l.Name, field, l.Issuer)
+		}
+	}
+	return nil
+}
+
 // contains reports that a field has a value in it.
 func contains(lease creds.Lease, field, value string) bool {
 	text := lease.Facts[field]

@@ -159,6 +159,9 @@ func (s *steps) issueOne(ctx context.Context, l policy.Lease) error {
 	if err != nil {
 		return err
 	}
+	if err := withhold(l, lease); err != nil {
+		return err
+	}
 	stand, err := s.broker(ctx, l, lease)
 	if err != nil {
 		return err

@@ -1,12 +1,17 @@
 package runner
 
 import (
+	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
+	"time"
 
+	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/runner/internal/seal"
 )
 
@@ -58,6 +63,53 @@ func (s *Safe) Save(b []byte) error {
 		return fmt.Errorf("state: %w", err)
 	}
 	return nil
+}
+
+// Sealed is a secret that an operator gave to this installation, and when.
+type Sealed struct {
+	Secret creds.Secret `json:"-"`
+	Since  time.Time    `json:"since"`
+}
+
+// sealedHeader begins the text of a sealed secret; its form is in the number.
+const sealedHeader = "mayfly sealed 1\n"
+
+// Seal makes of a secret a text that only this installation can open, and only
+// for that name. It can be called beside a living agent.
+func (s *State) Seal(name string, secret creds.Secret, at time.Time) (string, error) {
+	b, err := json.Marshal(struct {
+		Sealed
+		Text string `json:"text"`
+	}{Sealed{Since: at.UTC().Truncate(time.Second)}, secret.Reveal()})
+	if err != nil {
+		return "", fmt.Errorf("seal: %w", err)
+	}
+	return sealedHeader + base64.StdEncoding.EncodeToString(s.key.Seal("secret/"+name, b)) + "\n", nil
+}
+
+// Unseal opens what Seal made for the same name. A text that is not sealed is
+// itself the secret, since nobody knows when.
+func (s *State) Unseal(name string, text creds.Secret) (Sealed, error) {
+	body, sealed := strings.CutPrefix(text.Reveal(), sealedHeader)
+	if !sealed {
+		return Sealed{Secret: text}, nil
+	}
+	raw, err := base64.StdEncoding.DecodeString(strings.TrimSpace(body))
+	if err != nil {
+		return Sealed{}, errors.New("sealed secret: not what \"mayfly seal\" wrote")
+	}
+	if raw, err = s.key.Open("secret/"+name, raw); err != nil {
+		return Sealed{}, fmt.Errorf("sealed secret: %w: seal it again with \"mayfly seal %s\"", err, name)
+	}
+	var in struct {
+		Sealed
+		Text string `json:"text"`
+	}
+	if err := json.Unmarshal(raw, &in); err != nil {
+		return Sealed{}, errors.New("sealed secret: written by another version")
+	}
+	in.Secret = creds.NewSecret(in.Text)
+	return in.Sealed, nil
 }
 
 func syncDir(dir string) error {

@@ -23,6 +23,8 @@ var revealers = map[string]string{
 	"sandbox/containerd/pull.go (*Runtime).fetch":        "the password leaves for the registry that it is for",
 	"sandbox/image/registry.go (*Store).registry":        "what an image is pulled with leaves for its registry; the guard below sends it nowhere else",
 	"sandbox/docker/pull.go authorization":               "a password leaves for the daemon, which pulls with it, and is hidden in what the daemon then says",
+	"runner/safe.go (*State).Seal":                       "the secret is written so that only this installation can read it",
+	"runner/safe.go (*State).Unseal":                     "what a file has is looked at: it may be sealed",
 	"providers/gitea/client.go (identity).sign":          "the runner's token leaves for the server that gave it",
 	"providers/gitea/register.go (*Provider).register":   "the registration token leaves for the server",
 	"providers/gitea/file.go (*Provider).getOnce":        "the job's token leaves for the server that gave it",

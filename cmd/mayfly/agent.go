@@ -57,6 +57,7 @@ func runAgent(c *call) error {
 	w.agent.Log.Info().Str("version", version).Str("installation", w.state.Owner).
 		Int64("generation", w.state.Generation).Int("slots", w.agent.Slots).
 		Str("policy", w.agent.Policy.Digest()).Msg("agent")
+	w.warnOfStatic()
 	ctx, end := context.WithCancel(context.Background())
 	var attending sync.WaitGroup
 	attending.Go(func() { w.attend(ctx, drain, agent, sd, hangups) })

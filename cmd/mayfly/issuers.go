@@ -10,7 +10,6 @@ import (
 
 	"github.com/mayfly-ci/mayfly/configs"
 	"github.com/mayfly-ci/mayfly/creds"
-	"github.com/mayfly-ci/mayfly/creds/gitea"
 	"github.com/mayfly-ci/mayfly/creds/oidc"
 	"github.com/mayfly-ci/mayfly/creds/postgres"
 	"github.com/mayfly-ci/mayfly/creds/vault"
@@ -72,15 +71,11 @@ func (w *wiring) issuer(name string, section configs.Section) (issuer closingIss
 	case "vault":
 		issuer, err = w.vault(name, section)
 	case "gitea":
-		var own gitea.Config
-		if err := section.Decode(&own); err != nil {
-			return nil, err
-		}
-		own.PasswordFile, own.CAFile = section.Path(own.PasswordFile), section.Path(own.CAFile)
-		own.Owner = w.state.Owner
-		issuer, err = gitea.New(own)
+		issuer, err = w.giteaTokens(name, section)
+	case "static":
+		issuer, err = w.staticSecret(name, section)
 	default:
-		return nil, section.Errorf("type", "issuer %q: this agent has gitea, postgres and vault, and oidc for its identity", section.Type)
+		return nil, section.Errorf("type", "issuer %q: this agent has gitea, postgres, static and vault, and oidc for its identity", section.Type)
 	}
 	if err != nil {
 		return nil, section.Errorf("", "%w", err)

@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -30,6 +31,10 @@ type Harness struct {
 	// Hold starts a use that lasts (a session). The channel gets its end. nil
 	// if the provider knows no such thing.
 	Hold func(ctx context.Context, l creds.Lease) (ended <-chan error, err error)
+
+	// Endures says that nothing ends a lease at its provider, so that Revoke is
+	// ErrNotRevocable and Probe no proof. Clauses about an end do not apply.
+	Endures bool
 
 	// Down takes the backend down so that it answers nobody; Up undoes it.
 	Down, Up func(ctx context.Context) error
@@ -59,6 +64,9 @@ func Run(t *testing.T, factory func(t *testing.T) Harness) {
 	for _, c := range clauses() {
 		t.Run(strings.ReplaceAll(c.name, " ", "_"), func(t *testing.T) {
 			h := factory(t)
+			if h.Endures && slices.Contains(ends(), c.name) {
+				return
+			}
 			ctx, cancel := context.WithTimeout(t.Context(), clauseTimeout)
 			defer cancel()
 			if err := c.check(ctx, h); err != nil {
@@ -90,7 +98,7 @@ func (h Harness) issue(ctx context.Context, do func(name string, l creds.Lease) 
 	name := newName()
 	var l creds.Lease
 	defer func() {
-		err = errors.Join(err, wrap("revoke at the end", h.Issuer.Revoke(context.WithoutCancel(ctx), name, l.Handle)))
+		err = errors.Join(err, wrap("revoke at the end", h.end(context.WithoutCancel(ctx), name, l)))
 	}()
 	if l, err = h.Issuer.Issue(ctx, name, h.grant()); err != nil {
 		return fmt.Errorf("Issue: %w", err)
@@ -99,6 +107,18 @@ func (h Harness) issue(ctx context.Context, do func(name string, l creds.Lease) 
 		return fmt.Errorf("a new lease is not usable: %w", err)
 	}
 	return do(name, l)
+}
+
+// end revokes a lease, or wants to hear that it cannot be.
+func (h Harness) end(ctx context.Context, name string, l creds.Lease) error {
+	err := h.Issuer.Revoke(ctx, name, l.Handle)
+	if !h.Endures || err != nil && !errors.Is(err, creds.ErrNotRevocable) {
+		return err
+	}
+	if err == nil {
+		return errors.New("Revoke: got nil of what nothing ends, want ErrNotRevocable")
+	}
+	return nil
 }
 
 // while runs do between begin and end.

@@ -9,19 +9,18 @@ import (
 	"io"
 	"net/http"
 	"slices"
-	"strconv"
 	"strings"
-	"time"
 
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/creds/web"
 )
 
-// pageSize is what Gitea gives at most by default (MAX_RESPONSE_ITEMS); maxPages
-// bounds a server that never ends.
+// pageSize is what Gitea gives at most by default (MAX_RESPONSE_ITEMS). The others
+// bound a server that never ends, and one that is never still.
 const (
-	pageSize = 50
-	maxPages = 200
+	pageSize    = 50
+	maxPages    = 200
+	maxReadings = 5
 )
 
 // A complaint is Gitea's own error: what comes from a proxy before it is none.
@@ -32,9 +31,9 @@ type complaint struct {
 // asBot calls the part of the API that makes and deletes tokens, for which Gitea
 // wants basic authentication. Any answer but 2xx and 404 is an error.
 func (i *Issuer) asBot(ctx context.Context, method, path string, in, out any) (int, error) {
-	password, err := i.config.password()
+	password, err := i.config.Password()
 	if err != nil {
-		return 0, err
+		return 0, fmt.Errorf("password_file: %w", err)
 	}
 	var body io.Reader
 	if in != nil {
@@ -103,16 +102,26 @@ func (i *Issuer) use(ctx context.Context, token string) (refusal string, err err
 	return "", fmt.Errorf("GET /api/v1/user: answer %d says nothing of the token: %s", status, web.Words(c.Message, token))
 }
 
-// A token is one of the installation's at the server.
-type token struct {
-	id   int64
-	info creds.Info
+// A listedToken is one of the bot's.
+type listedToken struct {
+	ID   int64  `json:"id"`
+	Name string `json:"name"`
 }
 
-// tokens are all of this installation. Pages move when a token goes while they
-// are read; then they are read again.
-func (i *Issuer) tokens(ctx context.Context) ([]token, error) {
-	for range 5 {
+func (i *Issuer) page(ctx context.Context, n int) ([]listedToken, error) {
+	var some []listedToken
+	status, err := i.asBot(ctx, http.MethodGet, fmt.Sprintf("?limit=%d&page=%d", pageSize, n), nil, &some)
+	if err == nil && status != http.StatusOK {
+		err = fmt.Errorf("tokens of %s: answer %d", i.config.User, status)
+	}
+	return some, err
+}
+
+// leases are all that this installation has at the server, by the names that
+// issue gave. Pages move when a token comes or goes while they are read; then
+// they are read again.
+func (i *Issuer) leases(ctx context.Context) ([]string, error) {
+	for range maxReadings {
 		before, pages, err := i.pages(ctx)
 		if err != nil {
 			return nil, err
@@ -128,50 +137,31 @@ func (i *Issuer) tokens(ctx context.Context) ([]token, error) {
 			return i.owned(before), nil
 		}
 	}
-	return nil, errors.New("tokens of the bot change too fast to be listed")
-}
-
-type listedToken struct {
-	ID   int64  `json:"id"`
-	Name string `json:"name"`
+	return nil, errors.New("tokens of the bot come and go too fast to be listed")
 }
 
 // pages reads to the first that is empty: how many a server gives at a time is
 // its own choice.
 func (i *Issuer) pages(ctx context.Context) (all []listedToken, pages int, _ error) {
-	for page := 1; page <= maxPages; page++ {
-		var some []listedToken
-		status, err := i.asBot(ctx, http.MethodGet, fmt.Sprintf("?limit=%d&page=%d", pageSize, page), nil, &some)
+	for n := 1; n <= maxPages; n++ {
+		some, err := i.page(ctx, n)
 		if err != nil {
 			return nil, 0, err
 		}
-		if status != http.StatusOK {
-			return nil, 0, fmt.Errorf("tokens of %s: answer %d", i.config.User, status)
-		}
 		if len(some) == 0 {
-			return all, page - 1, nil
+			return all, n - 1, nil
 		}
 		all = append(all, some...)
 	}
 	return nil, 0, fmt.Errorf("the bot has more than %d tokens", maxPages*pageSize)
 }
 
-// owned reads the names that make wrote.
-func (i *Issuer) owned(all []listedToken) []token {
-	var found []token
+func (i *Issuer) owned(all []listedToken) []string {
+	var names []string
 	for _, t := range all {
-		rest, ok := strings.CutPrefix(t.Name, i.prefix())
-		name, second, dot := strings.Cut(rest, ".")
-		unix, err := strconv.ParseInt(second, 10, 64)
-		if !ok || !dot || err != nil || checkName(name) != nil {
-			continue
+		if name, ok := strings.CutPrefix(t.Name, i.prefix()); ok && checkName(name) == nil {
+			names = append(names, name)
 		}
-		found = append(found, token{t.ID, creds.Info{Name: name, Owner: i.config.Owner, ExpiresAt: time.Unix(unix, 0).UTC()}})
 	}
-	return found
-}
-
-func (i *Issuer) named(ctx context.Context, name string) ([]token, error) {
-	found, err := i.tokens(ctx)
-	return slices.DeleteFunc(found, func(t token) bool { return t.info.Name != name }), err
+	return names
 }

@@ -4,24 +4,12 @@ import (
 	"errors"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/creds/gitea"
 )
-
-// secretFile is one that New wants.
-func secretFile(t *testing.T) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "password")
-	if err := os.WriteFile(path, []byte(password), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
 
 // TestOnlyTheServersWordIsAProof: what a proxy or a server in trouble says is not
 // about the token.
@@ -45,7 +33,7 @@ func TestOnlyTheServersWordIsAProof(t *testing.T) {
 			w.WriteHeader(c.status)
 			_, _ = w.Write([]byte(strings.ReplaceAll(c.body, "TOKEN", strings.TrimPrefix(r.Header.Get("Authorization"), "token "))))
 		}))
-		i, err := gitea.New(gitea.Config{URL: server.URL, User: bot, PasswordFile: secretFile(t), Owner: "o", Scopes: []string{"read:user"}})
+		i, err := gitea.New(gitea.Config{URL: server.URL, User: bot, Password: give(password), Owner: "o", Scopes: []string{"read:user"}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -76,7 +64,7 @@ func TestWiderThanAsked(t *testing.T) {
 				_, _ = w.Write([]byte(`{"id": 7, "sha1": "0123456789abcdef", "scopes": ` + given + `}`))
 			case "GET /api/v1/users/bot/tokens":
 				_, _ = w.Write([]byte(`[]`))
-			case "DELETE /api/v1/users/bot/tokens/7":
+			case "DELETE /api/v1/users/bot/tokens/mayfly.o.l":
 				deleted = true
 				w.WriteHeader(http.StatusNoContent)
 			case "GET /api/v1/user":
@@ -85,7 +73,7 @@ func TestWiderThanAsked(t *testing.T) {
 				t.Errorf("request %s %s", r.Method, r.URL)
 			}
 		}))
-		i, err := gitea.New(gitea.Config{URL: server.URL, User: bot, PasswordFile: secretFile(t), Owner: "o", Scopes: []string{"read:user"}})
+		i, err := gitea.New(gitea.Config{URL: server.URL, User: bot, Password: give(password), Owner: "o", Scopes: []string{"read:user"}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -100,7 +88,7 @@ func TestWiderThanAsked(t *testing.T) {
 
 func TestValidate(t *testing.T) {
 	t.Parallel()
-	good := gitea.Config{URL: "https://forge.example.com", User: bot, PasswordFile: "/p", Owner: "o", Scopes: []string{"read:user"}}
+	good := gitea.Config{URL: "https://forge.example.com", User: bot, Password: give(password), Owner: "o", Scopes: []string{"read:user"}}
 	if err := good.Validate(); err != nil {
 		t.Error(err)
 	}
@@ -110,7 +98,7 @@ func TestValidate(t *testing.T) {
 		"job_url":          func(c *gitea.Config) { c.JobURL = "forge" },
 		"ca_file":          func(c *gitea.Config) { c.URL, c.CAFile = "http://127.0.0.1:1", "ca.pem" },
 		`user "a/b"`:       func(c *gitea.Config) { c.User = "a/b" },
-		"password_file":    func(c *gitea.Config) { c.PasswordFile = "" },
+		"password_file":    func(c *gitea.Config) { c.Password = nil },
 		"scopes: missing":  func(c *gitea.Config) { c.Scopes = nil },
 		`scopes: "all"`:    func(c *gitea.Config) { c.Scopes = []string{"all"} },
 		`"write:user": no`: func(c *gitea.Config) { c.Scopes = []string{"write:user"} },

@@ -19,8 +19,8 @@ import (
 
 // A life is what the process that is to be killed does: issue and revoke.
 type life struct {
-	URL, PasswordFile, Name string
-	KillAt                  int // point at which it dies; 0 is never
+	URL, Name string
+	KillAt    int // point at which it dies; 0 is never
 }
 
 func TestMain(m *testing.M) {
@@ -43,7 +43,7 @@ func live(text string) error {
 	}
 	points := 0
 	i, err := gitea.New(gitea.Config{
-		URL: l.URL, User: bot, PasswordFile: l.PasswordFile, Owner: owner, Scopes: []string{"read:repository", "read:user"},
+		URL: l.URL, User: bot, Password: give(password), Owner: owner, Scopes: []string{"read:repository", "read:user"},
 		Trace: func(point string) {
 			_, _ = fmt.Fprintln(os.Stdout, point)
 			if points++; points == l.KillAt {
@@ -71,7 +71,7 @@ func testKilledAtEveryPoint(t *testing.T, w *world) {
 	}
 	var points []string
 	for n := 0; n <= len(points); n++ {
-		l := life{w.URL(), w.file(password), fmt.Sprintf("crash-%d", n), n}
+		l := life{w.URL(), fmt.Sprintf("crash-%d", n), n}
 		text, err := json.Marshal(l)
 		if err != nil {
 			t.Fatal(err)

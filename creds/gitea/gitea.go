@@ -2,10 +2,9 @@
 //
 // A lease is an access token of one user, the bot, which the agent makes with
 // the bot's own credential, with the scopes that the policy names and no other,
-// and deletes. Its name at the server begins with the installation and the name
-// of the lease, so that a token is found and deleted whose answer was lost. It
-// is dead when the server, which accepted it when it was new, answers its use
-// with 401.
+// and deletes. Its name at the server is made of the installation and the name
+// of the lease, so that a token is deleted whose answer was lost. It is dead when
+// the server, which accepted it when it was new, answers its use with 401.
 //
 // What it cannot do: Gitea ends no token by itself, so that one which nobody
 // deletes lives on; the reaper takes those that no journal owes. A token cannot
@@ -18,12 +17,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net/http"
-	"os"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/mayfly-ci/mayfly/creds"
@@ -34,25 +30,25 @@ const maxNameBytes = 40 // the contract's
 
 // A Config says where the server is, who the bot is, and what leases may have.
 type Config struct {
-	URL      string `yaml:"url,required"`
-	CAFile   string `yaml:"ca_file"`  // PEM; only these are trusted, "" is the system's
-	Insecure bool   `yaml:"insecure"` // http to another machine
+	URL      string
+	CAFile   string // PEM; only these are trusted, "" is the system's
+	Insecure bool   // http to another machine
 
-	// User is the bot. PasswordFile has its password, or a token of it that has
-	// write:user and all of Scopes; it is read for each lease, and must not be
-	// open to all users.
-	User         string `yaml:"user,required"`
-	PasswordFile string `yaml:"password_file,required"`
+	// User is the bot. Password gives its password, or a token of it that has
+	// write:user and all of Scopes; it is asked for each request, so that it can
+	// be changed under a running agent.
+	User     string
+	Password func() (creds.Secret, error)
 
 	// Scopes are all that leases may have of Gitea's: read:repository, ….
-	Scopes []string `yaml:"scopes,required"`
+	Scopes []string
 
 	// JobURL is where jobs find the server, if that is not where the agent does.
-	JobURL string `yaml:"job_url"`
+	JobURL string
 
-	Owner string             `yaml:"-"` // installation id
-	Trace func(point string) `yaml:"-"` // called between outside effects; nil is none
-	Now   func() time.Time   `yaml:"-"` // clock of the agent; nil is time.Now
+	Owner string             // installation id
+	Trace func(point string) // called between outside effects; nil is none
+	Now   func() time.Time   // clock of the agent; nil is time.Now
 }
 
 // Validate reports everything that is wrong with c, by the names of the file.
@@ -71,7 +67,7 @@ func (c Config) Validate() error {
 	}
 	wrong(c.CAFile != "" && strings.HasPrefix(c.URL, "http:"), "ca_file: not used with %s", c.URL)
 	wrong(!plain(c.User), "user %q: want the name of the bot", c.User)
-	wrong(c.PasswordFile == "", "password_file: missing; it has the bot's password")
+	wrong(c.Password == nil, "password_file: missing; it has the bot's password")
 	wrong(len(c.Scopes) == 0, "scopes: missing; name those that leases may have")
 	for _, s := range c.Scopes {
 		err := checkScope(s)
@@ -103,34 +99,11 @@ func checkScope(s string) error {
 	return fmt.Errorf("%q: want one as in read:repository, or public-only", s)
 }
 
-// password is the bot's.
-func (c Config) password() (creds.Secret, error) {
-	info, err := os.Stat(c.PasswordFile)
-	if err != nil {
-		return creds.Secret{}, fmt.Errorf("password_file: %w", err)
-	}
-	if !info.Mode().IsRegular() || info.Mode().Perm()&0o007 != 0 {
-		return creds.Secret{}, fmt.Errorf("password_file %s: %w: mode %v; want a file that is closed to others (chmod o-rwx)", c.PasswordFile, fs.ErrPermission, info.Mode())
-	}
-	b, err := os.ReadFile(c.PasswordFile)
-	if err != nil {
-		return creds.Secret{}, fmt.Errorf("password_file: %w", err)
-	}
-	text := strings.TrimRight(string(b), "\r\n")
-	if text == "" {
-		return creds.Secret{}, fmt.Errorf("password_file %s: is empty", c.PasswordFile)
-	}
-	return creds.NewSecret(text), nil
-}
-
 // An Issuer makes and deletes tokens of one bot. It may be used by several
 // goroutines at once.
 type Issuer struct {
 	config Config
 	client *http.Client
-
-	mu    sync.Mutex
-	names map[string]bool // issued by this life and not revoked
 }
 
 // New checks c and returns an issuer. It does not connect: a server that is
@@ -150,7 +123,7 @@ func New(c Config) (*Issuer, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Issuer{config: c, client: client, names: map[string]bool{}}, nil
+	return &Issuer{config: c, client: client}, nil
 }
 
 // Close ends idle connections. Leases stay as they are.
@@ -210,8 +183,8 @@ func covers(scopes []string, scope string) bool {
 	return scope == publicOnly || slices.Contains(scopes, scope) || read && slices.Contains(scopes, "write:"+category)
 }
 
-// prefix begins the names of all tokens of the installation, and what it is
-// followed by is the name of the lease, a dot, and the second of its end.
+// prefix begins the names of all tokens of the installation; that of the lease
+// follows.
 func (i *Issuer) prefix() string { return "mayfly." + i.config.Owner + "." }
 
 func checkName(name string) error {

@@ -19,9 +19,8 @@ type handle struct {
 	Token string `json:"token"`
 }
 
-// Issue implements creds.Issuer. It asks for the bot's tokens first: so a server
-// that does not answer is found out before one is made, and a name that is taken
-// as well.
+// Issue implements creds.Issuer. It asks the server for something else first, so
+// that one which does not answer is found out before it is told to make a token.
 func (i *Issuer) Issue(ctx context.Context, name string, g creds.Grant) (creds.Lease, error) {
 	l, err := i.issue(ctx, name, g)
 	if err != nil {
@@ -42,28 +41,10 @@ func (i *Issuer) issue(ctx context.Context, name string, g creds.Grant) (creds.L
 	if !expires.After(i.config.Now()) {
 		return creds.Lease{}, fmt.Errorf("grant ends at %s, which is over", expires.Format(time.RFC3339))
 	}
-	if err := i.take(name); err != nil {
-		return creds.Lease{}, err
-	}
-	found, err := i.named(ctx, name)
-	if err == nil && len(found) > 0 {
-		err = errors.New("there is a token of that name already")
-	}
-	if err != nil {
+	if _, err := i.page(ctx, 1); err != nil {
 		return creds.Lease{}, err
 	}
 	return i.make(ctx, name, scope, expires)
-}
-
-// take keeps a name from being issued twice at once.
-func (i *Issuer) take(name string) error {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	if i.names[name] {
-		return errors.New("issued already")
-	}
-	i.names[name] = true
-	return nil
 }
 
 // make has the server make the token, and uses it once: only then is a later
@@ -75,7 +56,7 @@ func (i *Issuer) make(ctx context.Context, name string, scope Scope, expires tim
 		Scopes []string `json:"scopes"`
 	}
 	status, err := i.asBot(ctx, http.MethodPost, "", map[string]any{
-		"name": i.prefix() + name + "." + strconv.FormatInt(expires.Unix(), 10), "scopes": scope.Scopes,
+		"name": i.prefix() + name, "scopes": scope.Scopes,
 	}, &made)
 	if err != nil {
 		return creds.Lease{}, err
@@ -90,7 +71,7 @@ func (i *Issuer) make(ctx context.Context, name string, scope Scope, expires tim
 	}
 	lease := creds.Lease{Handle: h}
 	if err := narrow(scope.Scopes, made.Scopes); err != nil {
-		return lease, errors.Join(err, i.remove(ctx, made.ID))
+		return lease, errors.Join(err, i.remove(ctx, name))
 	}
 	switch refusal, err := i.use(ctx, made.Token); {
 	case err != nil && !errors.Is(err, creds.ErrStillValid):

@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"strconv"
+	"slices"
 
 	"github.com/mayfly-ci/mayfly/creds"
 )
@@ -19,46 +19,26 @@ func openHandle(sealed []byte) (handle, error) {
 	return h, nil
 }
 
-// Revoke implements creds.Issuer. Without a handle it looks for the name among
-// the bot's tokens.
+// Revoke implements creds.Issuer. The name is all it takes.
 func (i *Issuer) Revoke(ctx context.Context, name string, sealed []byte) error {
-	err := i.revoke(ctx, name, sealed)
+	err := checkName(name)
+	if err == nil && sealed != nil {
+		_, err = openHandle(sealed)
+	}
+	if err == nil {
+		err = i.remove(ctx, name)
+	}
 	if err != nil {
 		return fmt.Errorf("revoke lease %s: %w", name, err)
 	}
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	delete(i.names, name)
 	return nil
 }
 
-func (i *Issuer) revoke(ctx context.Context, name string, sealed []byte) error {
-	if err := checkName(name); err != nil {
-		return err
-	}
-	if sealed != nil {
-		h, err := openHandle(sealed)
-		if err != nil {
-			return err
-		}
-		return i.remove(ctx, h.ID)
-	}
-	found, err := i.named(ctx, name)
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, t := range found {
-		errs = append(errs, i.remove(ctx, t.id))
-	}
-	return errors.Join(errs...)
-}
-
 // remove deletes a token. One that is not there is gone.
-func (i *Issuer) remove(ctx context.Context, id int64) error {
-	status, err := i.asBot(ctx, http.MethodDelete, "/"+strconv.FormatInt(id, 10), nil, nil)
+func (i *Issuer) remove(ctx context.Context, name string) error {
+	status, err := i.asBot(ctx, http.MethodDelete, "/"+i.prefix()+name, nil, nil)
 	if err == nil && status != http.StatusNoContent && status != http.StatusNotFound {
-		err = fmt.Errorf("token %d: answer %d", id, status)
+		err = fmt.Errorf("token: answer %d", status)
 	}
 	if err == nil {
 		i.config.Trace("gitea.deleted")
@@ -87,22 +67,22 @@ func (i *Issuer) probe(ctx context.Context, name string, sealed []byte) (how, re
 		refusal, err := i.use(ctx, h.Token)
 		return fmt.Sprintf("GET /api/v1/user with the token (id %d)", h.ID), refusal, err
 	}
-	found, err := i.named(ctx, name)
-	if err == nil && len(found) > 0 {
-		err = fmt.Errorf("token %d: %w", found[0].id, creds.ErrStillValid)
+	names, err := i.leases(ctx)
+	if err == nil && slices.Contains(names, name) {
+		err = creds.ErrStillValid
 	}
 	return "no use tried, the token is not known; looked for its name among the tokens of " + i.config.User, "no token of that name", err
 }
 
 // List implements creds.Issuer.
 func (i *Issuer) List(ctx context.Context) ([]creds.Info, error) {
-	found, err := i.tokens(ctx)
+	names, err := i.leases(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("list leases: %w", err)
 	}
-	infos := make([]creds.Info, 0, len(found))
-	for _, t := range found {
-		infos = append(infos, t.info)
+	infos := make([]creds.Info, 0, len(names))
+	for _, name := range names {
+		infos = append(infos, creds.Info{Name: name, Owner: i.config.Owner})
 	}
 	return infos, nil
 }

@@ -30,7 +30,7 @@ func TestOneServer(t *testing.T) {
 		{"Down", testDown},
 		{"Conformance", testConformance},
 	} {
-		t.Run(test.name, func(t *testing.T) { test.run(t, &world{w.Server, t, w.dir, w.issuer}) })
+		t.Run(test.name, func(t *testing.T) { test.run(t, &world{w.Server, t, w.issuer}) })
 	}
 }
 
@@ -147,8 +147,7 @@ func (w *world) botToken(name string, scopes []string) string {
 // testBotWithAToken: what the agent holds need not be the bot's password.
 func testBotWithAToken(t *testing.T, w *world) {
 	c := w.config()
-	c.PasswordFile = w.file(w.botToken("agent", []string{"write:user", "read:repository"}))
-	defer w.file(password)
+	c.Password = give(w.botToken("agent", []string{"write:user", "read:repository"}))
 	w.issuer = w.newIssuer(c)
 	w.wantDead("narrow", w.issue("narrow", readScope))
 	l, err := w.issuer.Issue(t.Context(), "wide", grant(`{"scopes": ["write:package"]}`))
@@ -159,8 +158,7 @@ func testBotWithAToken(t *testing.T, w *world) {
 
 func testWrongPassword(t *testing.T, w *world) {
 	c := w.config()
-	c.PasswordFile = w.file("wrong-password")
-	defer w.file(password)
+	c.Password = give("wrong-password")
 	i := w.newIssuer(c)
 	_, err := i.Issue(t.Context(), "wrong", grant(readScope))
 	if err == nil || !strings.Contains(err.Error(), "password_file") || strings.Contains(err.Error(), "wrong-password") {

@@ -5,8 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
-	"os"
-	"path/filepath"
 	"testing"
 	"time"
 
@@ -26,13 +24,12 @@ const (
 type world struct {
 	*giteatest.Server
 	t      testing.TB
-	dir    string // for files of passwords
 	issuer *gitea.Issuer
 }
 
 func newWorld(t testing.TB) *world {
 	t.Helper()
-	w := &world{Server: giteatest.Start(t, giteatest.Config{}), t: t, dir: t.TempDir()}
+	w := &world{Server: giteatest.Start(t, giteatest.Config{}), t: t}
 	if err := w.NewUser(t.Context(), bot, password); err != nil {
 		t.Fatal(err)
 	}
@@ -40,19 +37,14 @@ func newWorld(t testing.TB) *world {
 	return w
 }
 
-// file writes a secret for the agent.
-func (w *world) file(secret string) string {
-	w.t.Helper()
-	path := filepath.Join(w.dir, "password")
-	if err := os.WriteFile(path, []byte(secret+"\n"), 0o600); err != nil {
-		w.t.Fatal(err)
-	}
-	return path
+// give is how the agent gets a secret.
+func give(secret string) func() (creds.Secret, error) {
+	return func() (creds.Secret, error) { return creds.NewSecret(secret), nil }
 }
 
 func (w *world) config() gitea.Config {
 	return gitea.Config{
-		URL: w.URL(), User: bot, PasswordFile: w.file(password), Owner: owner,
+		URL: w.URL(), User: bot, Password: give(password), Owner: owner,
 		Scopes: []string{"write:repository", "read:user", "write:package"},
 	}
 }

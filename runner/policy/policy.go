@@ -88,6 +88,22 @@ type Lease struct {
 	Clear  []string `json:"clear,omitempty"`
 }
 
+// InClear are the values and facts that the job itself gets, without those that
+// the gateway adds for it.
+func (l Lease) InClear() []string {
+	var open []string
+	for _, wants := range []map[string]string{l.Env, l.Files} {
+		for _, field := range wants {
+			brokered := slices.ContainsFunc(l.Broker, func(b Broker) bool { return b.Value == field })
+			if !brokered || slices.Contains(l.Clear, field) {
+				open = append(open, field)
+			}
+		}
+	}
+	slices.Sort(open)
+	return slices.Compact(open)
+}
+
 // PullStep stands in the place of a step for a lease that an image is pulled
 // with: it is held before there is a box, released when the pull is over, and no
 // step has that id.
@@ -212,6 +228,7 @@ type Grant struct {
 	Lease  string
 	Issuer string
 	Scope  json.RawMessage
+	Clear  []string // Lease.InClear
 }
 
 // Grants returns every lease of every rule, in the order of the file.
@@ -219,7 +236,7 @@ func (p *Policy) Grants() []Grant {
 	var gs []Grant
 	for _, r := range p.rules {
 		for _, l := range r.plan.Leases {
-			gs = append(gs, Grant{r.plan.Rule, l.Name, l.Issuer, l.Scope})
+			gs = append(gs, Grant{r.plan.Rule, l.Name, l.Issuer, l.Scope, l.InClear()})
 		}
 	}
 	return gs

@@ -1,0 +1,187 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/mayfly-ci/mayfly/configs"
+	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/creds/gitea"
+	"github.com/mayfly-ci/mayfly/creds/static"
+	"github.com/mayfly-ci/mayfly/runner"
+	"github.com/mayfly-ci/mayfly/runner/policy"
+)
+
+// runSeal writes a secret so that only this installation can read it, for one
+// section of the configuration. It works beside a living agent.
+func runSeal(c *call) error {
+	o, err := c.flags("seal", 2, nil)
+	if err != nil {
+		return err
+	}
+	if len(o.args) != 2 {
+		return usageError(`want "mayfly seal ISSUER FILE", and the secret on the standard input`)
+	}
+	cfg, err := configs.Load(o.config)
+	if err != nil {
+		return exitError{exitUsage, err}
+	}
+	secret, err := readInput()
+	if err != nil {
+		return exitError{exitUsage, err}
+	}
+	state, err := runner.OpenState(cfg.State)
+	if errors.Is(err, runner.ErrInUse) {
+		state, err = runner.PeekState(cfg.State)
+	}
+	if err != nil {
+		return err
+	}
+	text, err := state.Seal(o.args[0], secret, time.Now())
+	if err == nil {
+		err = writeSealed(o.args[1], text)
+	}
+	if err := errors.Join(err, state.Close()); err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(c.stdout, "%s: sealed for issuer %s of this installation\n", o.args[1], o.args[0])
+	return err
+}
+
+// maxSealed is what a secret may have, in bytes: configs.ReadSecret takes as much
+// in its sealed form.
+const maxSealed = 32 << 10
+
+// readInput takes off the newline that editors and echo put at the end.
+func readInput() (creds.Secret, error) {
+	b, err := io.ReadAll(io.LimitReader(os.Stdin, maxSealed+1))
+	text := strings.TrimSuffix(strings.TrimSuffix(string(b), "\n"), "\r")
+	switch {
+	case err != nil:
+		return creds.Secret{}, fmt.Errorf("standard input: %w", err)
+	case len(b) > maxSealed:
+		return creds.Secret{}, fmt.Errorf("standard input: larger than %d bytes", maxSealed)
+	case text == "":
+		return creds.Secret{}, errors.New("standard input: empty; want the secret")
+	}
+	return creds.NewSecret(text), nil
+}
+
+// writeSealed replaces a file that an agent may be reading.
+func writeSealed(path, text string) error {
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // mode 0600
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(text)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return errors.Join(err, os.Remove(f.Name()))
+	}
+	return os.Rename(f.Name(), path)
+}
+
+// sealed reads a secret of an issuer each time that it is asked, opened if it is
+// sealed. The file need not be there yet.
+func (w *wiring) sealed(issuer, path string) func() (runner.Sealed, error) {
+	return func() (runner.Sealed, error) {
+		text, err := configs.ReadSecret(path)
+		if err != nil {
+			return runner.Sealed{}, err
+		}
+		return w.state.Unseal(issuer, text)
+	}
+}
+
+// secret is sealed, of which the day does not matter.
+func (w *wiring) secret(issuer, path string) func() (creds.Secret, error) {
+	read := w.sealed(issuer, path)
+	return func() (creds.Secret, error) {
+		s, err := read()
+		return s.Secret, err
+	}
+}
+
+func (w *wiring) giteaTokens(name string, section configs.Section) (*gitea.Issuer, error) {
+	var own struct {
+		URL          string   `yaml:"url,required"`
+		JobURL       string   `yaml:"job_url"`
+		CAFile       string   `yaml:"ca_file"`
+		Insecure     bool     `yaml:"insecure"`
+		User         string   `yaml:"user,required"`
+		PasswordFile string   `yaml:"password_file,required"`
+		Scopes       []string `yaml:"scopes,required"`
+	}
+	if err := section.Decode(&own); err != nil {
+		return nil, err
+	}
+	return gitea.New(gitea.Config{
+		URL: own.URL, JobURL: own.JobURL, CAFile: section.Path(own.CAFile), Insecure: own.Insecure,
+		User: own.User, Password: w.secret(name, section.Path(own.PasswordFile)), Scopes: own.Scopes, Owner: w.state.Owner,
+	})
+}
+
+func (w *wiring) staticSecret(name string, section configs.Section) (*static.Issuer, error) {
+	var own struct {
+		SecretFile string        `yaml:"secret_file,required"`
+		User       string        `yaml:"user"`
+		Replace    time.Duration `yaml:"replace"`
+	}
+	if err := section.Decode(&own); err != nil {
+		return nil, err
+	}
+	read := w.sealed(name, section.Path(own.SecretFile))
+	return static.New(static.Config{
+		Secret: func() (creds.Secret, time.Time, error) {
+			s, err := read()
+			return s.Secret, s.Since, err
+		},
+		User: own.User, Replace: own.Replace, Owner: w.state.Owner,
+	})
+}
+
+// checkWithheld refuses a policy that would give a job what its issuer lets no
+// job have.
+func checkWithheld(issuer creds.Issuer, g policy.Grant) error {
+	if _, ok := issuer.(*static.Issuer); !ok || len(g.Clear) == 0 {
+		return nil
+	}
+	for _, field := range g.Clear {
+		if field == "secret" {
+			return fmt.Errorf("%s: lease %s: the job would hold a static secret: name it under broker, and not under clear", g.Rule, g.Lease)
+		}
+	}
+	return nil
+}
+
+// examineStatic counts the days of a secret that nothing ends.
+func examineStatic(name string, issuer creds.Issuer) []finding {
+	i, ok := issuer.(*static.Issuer)
+	if !ok {
+		return nil
+	}
+	f := finding{"issuer " + name, "age", stateOK, ""}
+	days, late, err := i.Age()
+	f.Detail = fmt.Sprintf("a secret that nothing ends, the same for %d days", days)
+	if late {
+		f.State = stateMissing
+		f.Detail += ": replace it at its service, and seal the new one"
+	}
+	if err != nil {
+		f.State, f.Detail = stateMissing, err.Error()
+	}
+	return []finding{f}
+}
+
+// warnOfStatic does the same in the log.
+func (w *wiring) warnOfStatic() {
+	for name, issuer := range w.agent.Issuers {
+		for _, f := range examineStatic(name, issuer) {
+			w.agent.Log.Warn().Str("issuer", name).Str("detail", f.Detail).Msg("static secret")
+		}
+	}
+}
