@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -12,6 +13,7 @@ import (
 	"github.com/mayfly-ci/mayfly/configs"
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/creds/gitea"
+	"github.com/mayfly-ci/mayfly/creds/oauth2"
 	"github.com/mayfly-ci/mayfly/creds/static"
 	"github.com/mayfly-ci/mayfly/runner"
 	"github.com/mayfly-ci/mayfly/runner/policy"
@@ -123,6 +125,42 @@ func (w *wiring) giteaTokens(name string, section configs.Section) (*gitea.Issue
 		URL: own.URL, JobURL: own.JobURL, CAFile: section.Path(own.CAFile), Insecure: own.Insecure,
 		User: own.User, Password: w.secret(name, section.Path(own.PasswordFile)), Scopes: own.Scopes, Owner: w.state.Owner,
 	})
+}
+
+// oauth2 asks in the agent's own name, or with exchange: in that of the job.
+func (w *wiring) oauth2(name string, section configs.Section) (*oauth2.Issuer, error) {
+	var own struct {
+		Token         string   `yaml:"token_url,required"`
+		Revocation    string   `yaml:"revocation_url,required"`
+		Introspection string   `yaml:"introspection_url"`
+		Use           string   `yaml:"use_url"`
+		CAFile        string   `yaml:"ca_file"`
+		Insecure      bool     `yaml:"insecure"`
+		ClientID      string   `yaml:"client_id,required"`
+		SecretFile    string   `yaml:"client_secret_file,required"`
+		Post          bool     `yaml:"post"`
+		Scopes        []string `yaml:"scopes,required"`
+		Audiences     []string `yaml:"audiences"`
+		Exchange      string   `yaml:"exchange"`
+	}
+	if err := section.Decode(&own); err != nil {
+		return nil, err
+	}
+	c := oauth2.Config{
+		Endpoints: oauth2.Endpoints{Token: own.Token, Revocation: own.Revocation, Introspection: own.Introspection, Use: own.Use},
+		CAFile:    section.Path(own.CAFile), Insecure: own.Insecure, ClientID: own.ClientID, Post: own.Post,
+		ClientSecret: w.secret(name, section.Path(own.SecretFile)), Scopes: own.Scopes, Audiences: own.Audiences, Owner: w.state.Owner,
+	}
+	if own.Exchange != "" {
+		if w.identity == nil {
+			return nil, section.Errorf("exchange", "no identity to exchange: the configuration needs an issuer of type oidc too")
+		}
+		c.Sign = func(_ context.Context, s creds.Subject, lease string) (oauth2.Identity, error) {
+			t, err := w.identity.Mint(s, own.Exchange, map[string]string{"lease": lease})
+			return oauth2.Identity{Token: t.Value, ID: t.ID}, err
+		}
+	}
+	return oauth2.New(c)
 }
 
 func (w *wiring) staticSecret(name string, section configs.Section) (*static.Issuer, error) {

@@ -75,22 +75,40 @@ func loopback(host string) bool {
 // Do sends a request and reads all of the answer. A redirect is ErrRedirect;
 // any other status is the caller's to judge.
 func Do(client *http.Client, req *http.Request) (status int, body []byte, err error) {
+	res, body, err := exchange(client, req)
+	if err != nil {
+		return 0, nil, err
+	}
+	return res.StatusCode, body, nil
+}
+
+// Head is Do for a caller that wants the header of the answer and not its body.
+// The header is never nil.
+func Head(client *http.Client, req *http.Request) (status int, header http.Header, err error) {
+	res, _, err := exchange(client, req)
+	if err != nil {
+		return 0, http.Header{}, err
+	}
+	return res.StatusCode, res.Header, nil
+}
+
+func exchange(client *http.Client, req *http.Request) (*http.Response, []byte, error) {
 	what := req.Method + " " + req.URL.Path
 	res, err := client.Do(req)
 	if err != nil {
-		return 0, nil, fmt.Errorf("%s: %w", what, err)
+		return nil, nil, fmt.Errorf("%s: %w", what, err)
 	}
 	defer func() { _ = res.Body.Close() }()
-	body, err = io.ReadAll(io.LimitReader(res.Body, maxAnswer+1))
+	body, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer+1))
 	switch {
 	case err != nil:
-		return 0, nil, fmt.Errorf("%s: %w", what, err)
+		return nil, nil, fmt.Errorf("%s: %w", what, err)
 	case len(body) > maxAnswer:
-		return 0, nil, fmt.Errorf("%s: answer larger than %d bytes", what, maxAnswer)
+		return nil, nil, fmt.Errorf("%s: answer larger than %d bytes", what, maxAnswer)
 	case res.StatusCode/100 == 3:
-		return 0, nil, fmt.Errorf("%s: answer %d: %w", what, res.StatusCode, ErrRedirect)
+		return nil, nil, fmt.Errorf("%s: answer %d: %w", what, res.StatusCode, ErrRedirect)
 	}
-	return res.StatusCode, body, nil
+	return res, body, nil
 }
 
 // Words makes one short line of what a server says, without the secrets that it
