@@ -100,6 +100,7 @@ func confinements() []confinement {
 		{"github.com/klauspost/compress", "sandbox/image", "sandbox/image", "layers may be packed with zstd"},
 		{"github.com/go-jose/go-jose/v4", "", "creds/oidc", "verifies our tokens as a provider does"},
 		{"github.com/jackc/pgx/v5", "creds/postgres test/...", "creds/postgres runner cmd/mayfly", "one issuer speaks PostgreSQL"},
+		{"golang.org/x/crypto", "creds/ssh", "creds/ssh", "one issuer signs SSH certificates"},
 		{"golang.org/x/oauth2", "creds/oauth2", "", "one issuer speaks OAuth 2.0"},
 		{"github.com/rhysd/actionlint", "providers/workflow", "providers/workflow", "a parser with types of its own: they end at the package that uses it"},
 		{"go.yaml.in/yaml/v4", "configs/strict providers/workflow", "configs/strict", "one way to read YAML; providers/workflow counts aliases with it before it parses"},

@@ -21,6 +21,7 @@ var revealers = map[string]string{
 	"creds/gitea/client.go (*Issuer).asBot":              "the bot's password leaves for the server that it is of, over TLS",
 	"creds/oauth2/issue.go (*minting).ask":               "the client's secret and the job's identity leave for the server that they are for, over TLS",
 	"creds/oauth2/revoke.go (*Issuer).form":              "the client's secret leaves for that server",
+	"creds/ssh/ssh.go (*Issuer).authority":               "the authority's key is parsed, to sign with",
 	"creds/postgres/config.go (Config).password":         "the administrator's password leaves for the server, which proves who it is first",
 	"sandbox/containerd/pull.go (*Runtime).fetch":        "the password leaves for the registry that it is for",
 	"sandbox/image/registry.go (*Store).registry":        "what an image is pulled with leaves for its registry; the guard below sends it nowhere else",

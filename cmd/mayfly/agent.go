@@ -58,6 +58,7 @@ func runAgent(c *call) error {
 		Int64("generation", w.state.Generation).Int("slots", w.agent.Slots).
 		Str("policy", w.agent.Policy.Digest()).Msg("agent")
 	w.warnOfStatic()
+	w.publishLists(kill)
 	ctx, end := context.WithCancel(context.Background())
 	var attending sync.WaitGroup
 	attending.Go(func() { w.attend(ctx, drain, agent, sd, hangups) })

@@ -124,7 +124,7 @@ func (w *wiring) examine() []finding {
 		case err != nil:
 			f.State, f.Detail = stateMissing, err.Error()
 		}
-		fs = append(append(fs, f), examineStatic(name, w.agent.Issuers[name])...)
+		fs = slices.Concat(fs, []finding{f}, examineStatic(name, w.agent.Issuers[name]), examineSSH(name, w.agent.Issuers[name]))
 	}
 	for _, name := range slices.Sorted(maps.Keys(w.agent.Providers)) {
 		fs = append(fs, examineProvider(ctx, name, w.agent.Providers[name]))

@@ -74,10 +74,12 @@ func (w *wiring) issuer(name string, section configs.Section) (issuer closingIss
 		issuer, err = w.giteaTokens(name, section)
 	case "oauth2":
 		issuer, err = w.oauth2(name, section)
+	case "ssh":
+		issuer, err = w.sshCertificates(name, section)
 	case "static":
 		issuer, err = w.staticSecret(name, section)
 	default:
-		return nil, section.Errorf("type", "issuer %q: this agent has gitea, oauth2, postgres, static and vault, and oidc for its identity", section.Type)
+		return nil, section.Errorf("type", "issuer %q: this agent has gitea, oauth2, postgres, ssh, static and vault, and oidc for its identity", section.Type)
 	}
 	if err != nil {
 		return nil, section.Errorf("", "%w", err)

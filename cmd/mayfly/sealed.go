@@ -14,6 +14,7 @@ import (
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/creds/gitea"
 	"github.com/mayfly-ci/mayfly/creds/oauth2"
+	"github.com/mayfly-ci/mayfly/creds/ssh"
 	"github.com/mayfly-ci/mayfly/creds/static"
 	"github.com/mayfly-ci/mayfly/runner"
 	"github.com/mayfly-ci/mayfly/runner/policy"
@@ -161,6 +162,55 @@ func (w *wiring) oauth2(name string, section configs.Section) (*oauth2.Issuer, e
 		}
 	}
 	return oauth2.New(c)
+}
+
+func (w *wiring) sshCertificates(name string, section configs.Section) (*ssh.Issuer, error) {
+	var own struct {
+		CA         string        `yaml:"ca_private_key_file,required"`
+		Principals []string      `yaml:"principals,required"`
+		Extensions []string      `yaml:"extensions"`
+		Address    string        `yaml:"address,required"`
+		KnownHosts string        `yaml:"known_hosts,required"`
+		User       string        `yaml:"user"`
+		List       string        `yaml:"krl_file"`
+		Publish    []string      `yaml:"publish"`
+		Longest    time.Duration `yaml:"longest"`
+	}
+	if err := section.Decode(&own); err != nil {
+		return nil, err
+	}
+	return ssh.New(ssh.Config{
+		CA: w.secret(name, section.Path(own.CA)), Principals: own.Principals, Extensions: own.Extensions,
+		Address: own.Address, KnownHosts: section.Path(own.KnownHosts), User: own.User,
+		List: section.Path(own.List), Publish: own.Publish, Longest: own.Longest,
+		Owner: w.state.Owner, Store: w.state.Safe("issuer-" + name),
+	})
+}
+
+// publishLists gives servers a list before the first revocation: they refuse
+// every key while they have none.
+func (w *wiring) publishLists(ctx context.Context) {
+	for name, issuer := range w.agent.Issuers {
+		if i, ok := issuer.(*ssh.Issuer); ok {
+			if err := i.Published(ctx); err != nil {
+				w.agent.Log.Error().Err(err).Str("issuer", name).Msg("list of revoked certificates")
+			}
+		}
+	}
+}
+
+// examineSSH reads the key, and says what servers must trust.
+func examineSSH(name string, issuer creds.Issuer) []finding {
+	i, ok := issuer.(*ssh.Issuer)
+	if !ok {
+		return nil
+	}
+	f := finding{"issuer " + name, "authority", stateOK, ""}
+	line, err := i.Authority()
+	if f.Detail = "TrustedUserCAKeys: " + line; err != nil {
+		f.State, f.Detail = stateMissing, err.Error()
+	}
+	return []finding{f}
 }
 
 func (w *wiring) staticSecret(name string, section configs.Section) (*static.Issuer, error) {
