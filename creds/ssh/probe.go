@@ -15,10 +15,10 @@ import (
 	"github.com/mayfly-ci/mayfly/creds"
 )
 
-// loginTimeout bounds one login, which takes tens of milliseconds; twinLife is
-// the life of a certificate that never leaves the agent. Set 2026-11-24.
+// loginTimeout bounds one login, which takes a tenth of a second, and several on a
+// server that is busy; twinLife is the life of a certificate that never leaves the agent. Set 2026-11-24.
 const (
-	loginTimeout = 15 * time.Second
+	loginTimeout = 30 * time.Second
 	twinLife     = time.Minute
 )
 

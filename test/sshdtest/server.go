@@ -89,6 +89,8 @@ PermitRootLogin prohibit-password
 PasswordAuthentication no
 KbdInteractiveAuthentication no
 UsePAM no
+UseDNS no
+KexAlgorithms curve25519-sha256
 StrictModes no
 LogLevel VERBOSE
 `
