@@ -48,8 +48,15 @@ func TestListReadByOpenSSH(t *testing.T) {
 		serial  uint64
 		revoked bool
 	}{
-		{0, 1, true}, {0, 7, true}, {0, 1 << 63, true}, {0, 1<<64 - 1, true}, {0, 2, false}, {0, 8, false},
-		{1, 8, true}, {1, 7, false}, {1, 1, false},
+		{0, 1, true},
+		{0, 7, true},
+		{0, 1 << 63, true},
+		{0, 1<<64 - 1, true},
+		{0, 2, false},
+		{0, 8, false},
+		{1, 8, true},
+		{1, 7, false},
+		{1, 1, false},
 	} {
 		public, _, err := ed25519.GenerateKey(rand.Reader)
 		if err != nil {
