@@ -52,7 +52,13 @@ func (s *steps) broker(ctx context.Context, l policy.Lease, lease creds.Lease) (
 	var rules []egress.Rule
 	for _, b := range l.Broker {
 		in := *b.Rule.Inject
-		in.Value, in.Placeholder, in.User = lease.Values[b.Value], stand[b.Value], lease.Facts[b.User]
+		in.Value, in.Placeholder = lease.Values[b.Value], stand[b.Value]
+		if b.User != "" {
+			in.User = lease.Facts[b.User]
+		}
+		if b.Database != "" {
+			in.Name = lease.Facts[b.Database]
+		}
 		b.Rule.Inject = &in
 		rules = append(rules, b.Rule)
 	}
@@ -73,8 +79,10 @@ func placeholders(l policy.Lease, lease creds.Lease) (map[string]string, error) 
 		if !ok {
 			return nil, fmt.Errorf("lease %s: %s wants the value %q to be brokered, which issuer %s does not give", l.Name, b.Rule.ID, b.Value, l.Issuer)
 		}
-		if _, ok := lease.Facts[b.User]; b.User != "" && !ok {
-			return nil, fmt.Errorf("lease %s: %s wants the fact %q for a user, which issuer %s does not give", l.Name, b.Rule.ID, b.User, l.Issuer)
+		for what, fact := range map[string]string{"user": b.User, "database": b.Database} {
+			if _, ok := lease.Facts[fact]; fact != "" && !ok {
+				return nil, fmt.Errorf("lease %s: %s wants the fact %q for a %s, which issuer %s does not give", l.Name, b.Rule.ID, fact, what, l.Issuer)
+			}
 		}
 		if stand[b.Value] == "" {
 			stand[b.Value] = placeholder(value)

@@ -170,6 +170,9 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 	if err := l.trust(ctx, box, &img, gateway, l.terminates(plan)); err != nil {
 		return providers.Result{}, err
 	}
+	if err := l.introduce(ctx, box, &img, gateway, l.allRules(plan)); err != nil {
+		return providers.Result{}, err
+	}
 	if err := l.awaitServices(ctx); err != nil {
 		return providers.Result{}, err
 	}

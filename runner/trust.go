@@ -59,20 +59,23 @@ const bundleMax = 8 << 20
 func terminated(rules []egress.Rule) []string {
 	var names []string
 	for _, r := range rules {
-		if r.Protocol == egress.HTTPS {
+		if r.Protocol == egress.HTTPS || r.Protocol == egress.Postgres {
 			names = append(names, r.Name)
 		}
 	}
 	return names
 }
 
-// terminates are those of the job and of the steps that it has.
-func (l *life) terminates(plan policy.Plan) []string {
+// terminates are those of allRules.
+func (l *life) terminates(plan policy.Plan) []string { return terminated(l.allRules(plan)) }
+
+// allRules are those of the job and of the steps that it has.
+func (l *life) allRules(plan policy.Plan) []egress.Rule {
 	rules := append(stepRules(plan, ""), brokered(plan, "")...)
 	for _, s := range l.job.Steps {
 		rules = append(append(rules, stepRules(plan, s.ID)...), brokered(plan, s.ID)...)
 	}
-	return terminated(rules)
+	return rules
 }
 
 // trust puts the authority of a gateway into its box, and the variables that

@@ -17,7 +17,9 @@ import (
 type Broker struct {
 	Rule  egress.Rule `json:"rule"`           // its Inject has everything but the credential
 	Value string      `json:"value"`          // of the lease
-	User  string      `json:"user,omitempty"` // the fact of the lease that is the user of Basic
+	User  string      `json:"user,omitempty"` // the fact of the lease that is the user of Basic, or who logs in
+	// Database is the fact that names what a login is to.
+	Database string `json:"database,omitempty"`
 }
 
 // brokerNode is an entry of a lease's list.
@@ -100,7 +102,7 @@ func (n brokerNode) broker(l leaseNode) (Broker, placed, error) {
 			errs = append(errs, n.Self.Errorf("%s", strings.ReplaceAll(err.Error(), "\n", "; ")))
 		}
 	}
-	return Broker{e.Rule, string(n.Value), string(n.User)}, placed{e, n.Self}, strict.Join(errs...)
+	return Broker{Rule: e.Rule, Value: string(n.Value), User: string(n.User)}, placed{e, n.Self}, strict.Join(errs...)
 }
 
 func (n brokerNode) checkPlace() error {
@@ -125,6 +127,10 @@ func (l leaseNode) brokers() ([]Broker, []placed, error) {
 	var out []placed
 	var errs []error
 	for _, n := range l.Broker {
+		b, p, err := n.broker(l)
+		all, out, errs = append(all, b), append(out, p), append(errs, err)
+	}
+	for _, n := range l.Login {
 		b, p, err := n.broker(l)
 		all, out, errs = append(all, b), append(out, p), append(errs, err)
 	}

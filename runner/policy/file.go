@@ -82,6 +82,7 @@ type leaseNode struct {
 	Env    map[variable]field `yaml:"env"`
 	Files  map[fileName]field `yaml:"files"`
 	Broker []brokerNode       `yaml:"broker"`
+	Login  []loginNode        `yaml:"login"`
 	Clear  []field            `yaml:"clear"`
 }
 
@@ -166,8 +167,8 @@ func (n ruleNode) checkPull() error {
 	for _, l := range n.Leases {
 		switch {
 		case l.Name != n.Pull:
-		case len(l.Env) > 0 || len(l.Files) > 0 || len(l.Broker) > 0 || l.Step != "":
-			return l.Self.Errorf("lease %s is what the image is pulled with, and no step may see it: remove step, env, files and broker", l.Name)
+		case len(l.Env) > 0 || len(l.Files) > 0 || len(l.Broker)+len(l.Login) > 0 || l.Step != "":
+			return l.Self.Errorf("lease %s is what the image is pulled with, and no step may see it: remove step, env, files, broker and login", l.Name)
 		default:
 			return nil
 		}
@@ -198,8 +199,8 @@ func (n ruleNode) checkTTL() error {
 }
 
 func (l leaseNode) check() error {
-	if len(l.Env) == 0 && len(l.Files) == 0 && len(l.Broker) == 0 {
-		return l.Self.Errorf("lease is delivered nowhere: add broker, env or files")
+	if len(l.Env) == 0 && len(l.Files) == 0 && len(l.Broker)+len(l.Login) == 0 {
+		return l.Self.Errorf("lease is delivered nowhere: add broker, login, env or files")
 	}
 	return nil
 }

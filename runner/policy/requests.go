@@ -152,12 +152,14 @@ func fill(r egress.Rule, j providers.Job) (egress.Rule, error) {
 		all = append(all, err)
 		requests = append(requests, q)
 	}
-	if err := errors.Join(all...); err != nil {
+	session, err := fillSession(r.Session, j)
+	if err := errors.Join(append(all, err)...); err != nil {
 		return r, fmt.Errorf("%w: %s: %w", ErrDenied, r.ID, err)
 	}
 	if len(requests) > 0 {
 		r.Requests = requests
 	}
+	r.Session = session
 	return r, nil
 }
 

@@ -94,7 +94,7 @@ func (e egressNode) check() error {
 			}
 		}
 	}
-	return strict.Join(append(errs, e.checkHTTP(), e.checkResolve())...)
+	return strict.Join(append(errs, e.checkHTTP(), e.checkLogin(), e.checkResolve())...)
 }
 
 func (e egressNode) checkHTTP() error {

@@ -110,8 +110,8 @@ func (p *port) UnmarshalText(b []byte) error {
 type protocol egress.Protocol
 
 func (p *protocol) UnmarshalText(b []byte) error {
-	if !slices.Contains([]egress.Protocol{egress.TCP, egress.TLS, egress.HTTP, egress.HTTPS}, egress.Protocol(b)) {
-		return fmt.Errorf("unknown protocol %q (known: tcp, tls, http, https)", b)
+	if !slices.Contains([]egress.Protocol{egress.TCP, egress.TLS, egress.HTTP, egress.HTTPS, egress.SSH, egress.Postgres}, egress.Protocol(b)) {
+		return fmt.Errorf("unknown protocol %q (known: tcp, tls, http, https, and in login: of a lease ssh, postgres)", b)
 	}
 	*p = protocol(b)
 	return nil

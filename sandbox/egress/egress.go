@@ -61,13 +61,16 @@ type Rule struct {
 	// them allows it. Empty: any request, but no upgrade. With other protocols
 	// it is empty.
 	Requests []Request `json:",omitempty"`
-	// CA are the certificates, as PEM, that an HTTPS destination's must chain
-	// to, instead of those that the machine trusts.
+	// CA are the certificates, as PEM, that the destination's must chain to with
+	// HTTPS and Postgres, instead of those that the machine trusts.
 	CA string `json:",omitempty"`
-	// Inject puts a credential into the requests. Then Protocol is HTTPS and Name
-	// no wildcard: what is below it may be anybody's. Of the rules that allow a
-	// request those with a credential count first.
+	// Inject puts a credential into the requests, or logs in with it. Then Protocol
+	// is HTTPS, SSH or Postgres, and Name no wildcard: what is below it may be
+	// anybody's. Of the rules that allow a request those with a credential count
+	// first.
 	Inject *Injection `json:",omitempty"`
+	// Session is what an SSH rule is for. With other protocols it is nil.
+	Session *Session `json:",omitempty"`
 }
 
 // A Published port is one of 127.0.0.1 and ::1 in a box that the gateway listens
@@ -113,7 +116,7 @@ type Line struct {
 	Rule     string    `json:"rule,omitempty"`   // ID of the rule that allowed it
 	Reason   string    `json:"reason,omitempty"` // why not
 	Dialled  string    `json:"dialled,omitempty"`
-	Request  Exchange  `json:"request,omitzero"` // with HTTP and HTTPS
+	Request  Exchange  `json:"request,omitzero"` // with TCP and TLS there is none
 	Process  Process   `json:"process,omitzero"` // of a connection, and of a question that was refused
 	// Mode is "audit" in every line of a gateway that learns.
 	Mode string `json:"mode,omitempty"`
@@ -135,14 +138,16 @@ type Process struct {
 	Unknown    string `json:"unknown,omitempty"`    // why one of them is not known
 }
 
-// An Exchange is what a line says of an HTTP request. What a path or a query
-// may carry of a secret is not in it.
+// An Exchange is what a line says of an HTTP request, of what an SSH channel is
+// for (Method is exec, shell or subsystem), or of a login to PostgreSQL (login or
+// cancel). What a path, a query or a command may carry of a secret is not in it.
 type Exchange struct {
 	Method string `json:"method,omitempty"`
 	// Path is the pattern that allowed the request, or the shape of the path: the
-	// same with "*" for each segment that is more than a plain word.
+	// same with "*" for each segment that is more than a plain word. Of a command
+	// it is the pattern, or CommandShape; of a login the database.
 	Path   string `json:"path,omitempty"`
-	Status int    `json:"status,omitempty"` // of the answer, when it Ended
+	Status int    `json:"status,omitempty"` // of the answer, when it Ended; of a command its exit status
 	// Lease is whose credential the destination gets, if it gets one.
 	Lease string `json:"lease,omitempty"`
 }

@@ -22,7 +22,7 @@ const (
 )
 
 // An Injection puts a credential into the requests of an HTTPS rule for one
-// name. The job holds a placeholder in its place. What the answers say of the
+// name, or into the login of another (see SSHKey and Password). The job holds a placeholder in its place. What the answers say of the
 // credential is hidden before the job sees them.
 type Injection struct {
 	Lease string // name of the lease that it belongs to, for the ledger
@@ -60,6 +60,9 @@ const (
 // Check says why the injection cannot be made as it is written. It looks at the
 // credential if there is one, and says nothing of it.
 func (in Injection) Check() error {
+	if in.As == SSHKey || in.As == Password {
+		return in.checkLogin()
+	}
 	var all []error
 	if in.Lease == "" {
 		all = append(all, errors.New("a credential without a lease"))

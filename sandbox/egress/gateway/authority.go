@@ -45,7 +45,7 @@ type authority struct {
 func newAuthority(o egress.Opening) (*authority, error) {
 	var names []string
 	for _, r := range o.Rules.Allow {
-		if r.Protocol == egress.HTTPS {
+		if certified(r.Protocol) {
 			names = append(names, constraint(r.Name))
 		}
 	}
@@ -65,6 +65,9 @@ func newAuthority(o egress.Opening) (*authority, error) {
 	}
 	return &authority{names: slices.Compact(names), expires: expires, leaves: make(map[string]*tls.Config)}, nil
 }
+
+// certified reports a protocol whose TLS ends at the gateway.
+func certified(p egress.Protocol) bool { return p == egress.HTTPS || p == egress.Postgres }
 
 // constraint is what a name is limited to (RFC 5280 section 4.2.1.10, which
 // cannot say "one label").

@@ -19,6 +19,9 @@
 //   - https: the same for HTTP/1 and HTTP/2 inside TLS, which ends here, under an
 //     authority that the box trusts and that no other box has (authority.go), and
 //     begins anew towards the destination. The ClientHello is judged as with tls.
+//   - ssh and postgres: end here, and begin anew towards the destination, where
+//     the gateway logs in with the credential of a lease (login.go). Each channel
+//     of an SSH connection is judged by what it is for.
 //
 // The destination's addresses are looked up and judged once and what was
 // judged is dialled, so a name cannot change in between. By default only public
@@ -166,6 +169,7 @@ type Gateway struct {
 var (
 	_ egress.Gateway    = (*Gateway)(nil)
 	_ egress.Terminator = (*Gateway)(nil)
+	_ egress.Host       = (*Gateway)(nil)
 )
 
 // New makes a gateway without boxes.

@@ -68,9 +68,9 @@ func validateRule(r egress.Rule) error {
 		return errors.New("port: a number from 1 to 65535 is needed")
 	}
 	switch r.Protocol {
-	case egress.TCP, egress.TLS, egress.HTTP, egress.HTTPS:
+	case egress.TCP, egress.TLS, egress.HTTP, egress.HTTPS, egress.SSH, egress.Postgres:
 	default:
-		return fmt.Errorf("protocol %q: tcp, tls, http or https is needed", r.Protocol)
+		return fmt.Errorf("protocol %q: tcp, tls, http, https, ssh or postgres is needed", r.Protocol)
 	}
 	if err := validateRequests(r); err != nil {
 		return err
@@ -104,13 +104,17 @@ func validateRequests(r egress.Rule) error {
 	if r.Protocol != egress.HTTP && r.Protocol != egress.HTTPS && len(r.Requests) > 0 {
 		return fmt.Errorf("protocol %s: its requests are not seen; https or http is needed to narrow them", r.Protocol)
 	}
-	if r.Protocol != egress.HTTPS && r.CA != "" {
-		return fmt.Errorf("protocol %s: its certificates are not seen; https is needed for a CA", r.Protocol)
+	if r.Protocol != egress.HTTPS && r.Protocol != egress.Postgres && r.CA != "" {
+		return fmt.Errorf("protocol %s: its certificates are not seen; https or postgres is needed for a CA", r.Protocol)
 	}
 	if r.CA != "" && !x509.NewCertPool().AppendCertsFromPEM([]byte(r.CA)) {
 		return errors.New("CA: certificates as PEM are needed")
 	}
-	if err := validateInjection(r); err != nil {
+	validate := validateInjection
+	if logs(r.Protocol) || r.Session != nil {
+		validate = validateLogin
+	}
+	if err := validate(r); err != nil {
 		return err
 	}
 	for i, request := range r.Requests {

@@ -129,6 +129,7 @@ type box struct {
 	who       *who             // nil before Attach
 	published []published      // since Open
 	tripwires []tripwire       // of all that were ever open
+	logins    logins
 }
 
 func newBox() *box {
@@ -148,7 +149,7 @@ func (b *box) admit(s *scope, rules []grant, limit int) error {
 	b.limit = limit
 	fresh := make(map[string]bool)
 	for i, r := range rules {
-		if r.Protocol == egress.HTTPS && !b.authority.covers(r.Name) {
+		if certified(r.Protocol) && !b.authority.covers(r.Name) {
 			return fmt.Errorf("%w: %s: the authority of the job was not made for %s", egress.ErrBadRules, cite(r.Rule), r.Name)
 		}
 		d := b.byName[r.Name]

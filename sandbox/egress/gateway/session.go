@@ -63,6 +63,10 @@ func (c *session) serve() {
 		c.serveHTTP(ctx, c.job, false)
 	case egress.HTTPS:
 		c.terminate(ctx)
+	case egress.SSH:
+		c.serveSSH(ctx)
+	case egress.Postgres:
+		c.servePostgres(ctx)
 	case egress.TLS:
 		hello, err := c.hello()
 		if err != nil {
@@ -141,6 +145,13 @@ func verdict(err error) (egress.Verdict, string) {
 
 // reset closes a connection so that the peer sees that it did not end well.
 func reset(conn net.Conn) {
+	for {
+		inner, ok := conn.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
+		conn = inner.NetConn()
+	}
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		_ = tcp.SetLinger(0) // closed already, or closed below
 	}

@@ -51,6 +51,9 @@ type replayed struct {
 	head []byte
 }
 
+// NetConn is the connection below, as that of tls.Conn.
+func (r *replayed) NetConn() net.Conn { return r.Conn }
+
 func (r *replayed) Read(b []byte) (int, error) {
 	if len(r.head) == 0 {
 		return r.Conn.Read(b)
