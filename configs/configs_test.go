@@ -115,6 +115,24 @@ func TestExampleHTTPS(t *testing.T) {
 	}
 }
 
+// TestExampleLogin: the job's repository is in the commands.
+func TestExampleLogin(t *testing.T) {
+	t.Parallel()
+	src, err := os.ReadFile("policy-login.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := policy.Parse(src, "policy-login.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	j := providers.Job{Subject: creds.Subject{Repository: "acme/app"}, Trust: providers.TrustProtected}
+	plan, err := p.Decide(j)
+	if err != nil || len(plan.Leases) != 2 || plan.Leases[0].Broker[0].Rule.Session.Commands[1] != "git-receive-pack 'acme/app.git'" {
+		t.Errorf("got %+v, %v, want two leases and the job's repository in a command", plan.Leases, err)
+	}
+}
+
 func TestExampleDocker(t *testing.T) {
 	t.Parallel()
 	own := exampleEngine(t, "docker")

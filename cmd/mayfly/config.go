@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/mayfly-ci/mayfly/configs"
@@ -316,6 +317,10 @@ func explain(e policy.Explanation) string {
 		fmt.Fprintf(&b, "  lease   %s from %s for at most %v%s\n", l.Name, l.Issuer, l.TTL, onlyIn(l.Step))
 		for _, x := range l.Broker {
 			in := x.Rule.Inject
+			if s := x.Rule.Session; s != nil || x.Rule.Protocol == egress.Postgres {
+				fmt.Fprintf(&b, "          its %s logs in at %s:%d by %s%s\n", x.Value, x.Rule.Name, x.Rule.Port, x.Rule.Protocol, session(s))
+				continue
+			}
 			fmt.Fprintf(&b, "          its %s is added to requests to %s:%d as %s, and the job has a placeholder\n",
 				x.Value, x.Rule.Name, x.Rule.Port, strings.TrimSpace(string(in.As)+" "+in.Name))
 		}
@@ -345,6 +350,21 @@ func bounds(r egress.Request) string {
 	add(r.Rate > 0, "%d a minute", r.Rate)
 	add(r.WebSocket, "also as a WebSocket")
 	return text
+}
+
+// session is what an SSH login is for.
+func session(s *egress.Session) string {
+	if s == nil {
+		return ", and the job has a placeholder"
+	}
+	what := slices.Clone(s.Commands)
+	if s.Shell {
+		what = append(what, "a shell")
+	}
+	if s.SFTP {
+		what = append(what, "sftp")
+	}
+	return " for " + strings.Join(what, ", ")
 }
 
 func onlyIn(step string) string {

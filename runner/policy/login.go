@@ -2,7 +2,6 @@ package policy
 
 import (
 	"errors"
-	"fmt"
 	"net/netip"
 	"strings"
 
@@ -146,7 +145,7 @@ func fillSession(s *egress.Session, j providers.Job) (*egress.Session, error) {
 	for _, c := range s.Commands {
 		text, err := pathPattern(c).fill(func(name string) (string, error) { return safeFact(name, j) })
 		if err != nil {
-			return nil, fmt.Errorf("command: %w", err)
+			return nil, errors.New(strings.Replace(err.Error(), "path", "command", 1))
 		}
 		filled.Commands = append(filled.Commands, text)
 	}

@@ -16,7 +16,7 @@ import (
 
 // clauses are the contract, sentence by sentence.
 func clauses() []clause {
-	return append(append(serviceClauses(), httpsClauses()...), []clause{
+	return append(append(append(serviceClauses(), httpsClauses()...), loginClauses()...), []clause{
 		{"empty rules allow nothing", emptyRules},
 		{"an allowed name is reached, with two lines", allowed},
 		{"a line names the process in the box, or says why not", named},

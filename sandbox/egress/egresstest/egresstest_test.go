@@ -47,6 +47,8 @@ type broken struct {
 	attach func(next egress.Gateway, name string, s egress.Sockets) error
 	close  func(ctx context.Context, next egress.Gateway, name string) error
 	probe  func() error
+
+	hostKey func(next egress.Host, name string) ([]byte, error)
 }
 
 func (b broken) Open(ctx context.Context, name string, o egress.Opening) error {
@@ -73,6 +75,15 @@ func (b broken) Probe(ctx context.Context, name string, port uint16) error {
 // Authority implements egress.Terminator.
 func (b broken) Authority(name string) ([]byte, error) {
 	return b.Gateway.(egress.Terminator).Authority(name)
+}
+
+// HostKey implements egress.Host.
+func (b broken) HostKey(name string) ([]byte, error) {
+	h := b.Gateway.(egress.Host)
+	if b.hostKey == nil {
+		return h.HostKey(name)
+	}
+	return b.hostKey(h, name)
 }
 
 func (b broken) Close(ctx context.Context, name string) error {
@@ -318,6 +329,9 @@ func TestSuite(t *testing.T) {
 				}
 				if mutate == nil {
 					mutate = httpsMutants()[name]
+				}
+				if mutate == nil {
+					mutate = loginMutants()[name]
 				}
 				if mutate == nil {
 					tb.Fatalf("clause %q has no broken gateway", name)
