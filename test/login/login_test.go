@@ -30,8 +30,8 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox/guest"
 	"github.com/mayfly-ci/mayfly/sandbox/native"
 	"github.com/mayfly-ci/mayfly/test/agenttest"
-	"github.com/mayfly-ci/mayfly/test/postgrestest"
 	"github.com/mayfly-ci/mayfly/test/gitsshtest"
+	"github.com/mayfly-ci/mayfly/test/postgrestest"
 )
 
 func TestMain(m *testing.M) { agenttest.Main(m) }

@@ -200,7 +200,7 @@ func (x *channel) tell(why string) {
 // reachSSH opens a session at the destination, and the terminal that the job
 // wants. hangUp closes the connection, which is for this session alone.
 func (x *channel) reachSSH(ctx context.Context, g grant, line *egress.Line) (up ssh.Channel, events <-chan *ssh.Request, hangUp func(), err error) {
-	conn, to, err := x.gateway.reach(ctx, g.Rule)
+	conn, to, err := x.gateway.reach(ctx, &g)
 	if err != nil {
 		return nil, nil, nil, err
 	}

@@ -188,7 +188,7 @@ func tell(conn net.Conn, e *pgproto3.ErrorResponse) {
 
 // bridgePostgres logs in at the destination and passes what follows.
 func (c *session) bridgePostgres(ctx context.Context, conn net.Conn, wants startup, g grant) {
-	up, to, err := c.gateway.reach(ctx, g.Rule)
+	up, to, err := c.gateway.reach(ctx, &g)
 	if err != nil {
 		c.end(conn, err)
 		return
@@ -227,7 +227,7 @@ func (c *session) cancel(ctx context.Context, body []byte) {
 		c.fail(refused("the job has no such session to cancel"))
 		return
 	}
-	up, to, err := c.gateway.reach(ctx, c.grant.Rule)
+	up, to, err := c.gateway.reach(ctx, c.grant)
 	if err != nil {
 		c.fail(err)
 		return
