@@ -19,7 +19,24 @@ const (
 	Basic  Place = "basic"  // the password of Authorization: Basic (RFC 7617), or its user
 	Header Place = "header" // the whole of a named header
 	Query  Place = "query"  // the value of a named key
+	// SigV4 is the signature of AWS (Version 4), in the header or in the query:
+	// what the job signed with placeholders is signed anew. See Signing.
+	SigV4 Place = "aws-sigv4"
 )
+
+// A Signing is the rest of a key of AWS, whose secret part is the Value and the
+// Placeholder of an Injection, and what may be signed with it.
+type Signing struct {
+	KeyID   creds.Secret `json:"-"`
+	Session creds.Secret `json:"-"` // the session token; zero if the key has none
+	// PlaceID and PlaceSession are what the job has in their place.
+	PlaceID      string `json:"-"`
+	PlaceSession string `json:"-"`
+	// Regions and Services, as they stand in a signature, are those that are
+	// signed for. Neither is empty. What a service answers passes: of sts and iam
+	// that can be other credentials.
+	Regions, Services []string
+}
 
 // An Injection puts a credential into the requests of an HTTPS rule for one
 // name, or into the login of another (see SSHKey and Password). The job holds a placeholder in its place. What the answers say of the
@@ -44,6 +61,8 @@ type Injection struct {
 	// Pass lets a request without a credential pass as it is. Otherwise the
 	// credential is added.
 	Pass bool `json:",omitempty"`
+	// Signing belongs to SigV4, and to nothing else.
+	Signing *Signing `json:",omitempty"`
 }
 
 const (
@@ -69,8 +88,8 @@ func (in Injection) Check() error {
 	}
 	named := in.As == Header || in.As == Query
 	switch {
-	case !slices.Contains([]Place{Bearer, Basic, Header, Query}, in.As):
-		all = append(all, fmt.Errorf("as %q: bearer, basic, header or query is needed", in.As))
+	case !slices.Contains([]Place{Bearer, Basic, Header, Query, SigV4}, in.As):
+		all = append(all, fmt.Errorf("as %q: bearer, basic, header, query or aws-sigv4 is needed", in.As))
 	case named && (in.Name == "" || strings.ContainsFunc(in.Name, func(c rune) bool { return !tokenChar(c) })):
 		all = append(all, fmt.Errorf("name %q: the name of the %s is needed, of letters, digits, _ and -", in.Name, in.As))
 	case !named && in.Name != "":
@@ -81,7 +100,36 @@ func (in Injection) Check() error {
 	if in.As != Basic && in.User != "" || strings.ContainsFunc(in.User, func(c rune) bool { return c == ':' || unprintable(c) }) {
 		all = append(all, errors.New("user: as basic alone has one, of printable ASCII without a colon"))
 	}
-	return errors.Join(append(all, in.checkValue())...)
+	return errors.Join(append(all, in.checkSigning(), in.checkValue())...)
+}
+
+func (in Injection) checkSigning() error {
+	s := in.Signing
+	switch {
+	case s == nil && in.As != SigV4:
+		return nil
+	case s == nil || in.As != SigV4:
+		return errors.New("as aws-sigv4, and nothing else, has a signing")
+	case in.Strip:
+		return errors.New("as aws-sigv4: what is signed with another key is refused, and cannot be stripped")
+	case len(s.Regions) == 0 || len(s.Services) == 0:
+		return errors.New("as aws-sigv4: the regions and services that may be signed for are needed")
+	}
+	for _, w := range append(s.Regions[:len(s.Regions):len(s.Regions)], s.Services...) {
+		if w == "" || strings.ContainsFunc(w, func(c rune) bool { return !tokenChar(c) }) {
+			return fmt.Errorf("as aws-sigv4: %q is no region or service", w)
+		}
+	}
+	if in.Value.IsZero() {
+		return nil
+	}
+	err := checkCredential(s.KeyID, s.PlaceID)
+	if s.Session.IsZero() != (s.PlaceSession == "") {
+		err = errors.Join(err, errors.New("a session token and its placeholder come together"))
+	} else if !s.Session.IsZero() {
+		err = errors.Join(err, checkCredential(s.Session, s.PlaceSession))
+	}
+	return err
 }
 
 func (in Injection) checkValue() error {

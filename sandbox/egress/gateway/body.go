@@ -46,6 +46,7 @@ type answered struct {
 	status int
 	err    error  // why there is no answer
 	scrub  *scrub // nil: nothing is to be hidden
+	opaque bool   // the body is not for the scrub
 	whole  bool
 }
 
@@ -54,7 +55,7 @@ func (a *answered) Write(b []byte) (int, error) {
 		a.err = err
 		return 0, err
 	}
-	if a.scrub != nil {
+	if a.scrub != nil && !a.opaque {
 		return a.scrub.body.Write(b)
 	}
 	return a.ResponseWriter.Write(b)

@@ -145,6 +145,7 @@ type visit struct {
 	grant  *grant
 	narrow *narrow   // nil: the rule says nothing of requests
 	use    *injected // nil: the rule has no credential
+	leave  func()    // gives back what admit took; not nil after it
 	sent   *counted
 	answer *answered
 }
@@ -170,6 +171,7 @@ func (x *exchange) serve(w http.ResponseWriter, r *http.Request) {
 	defer cancel(nil)
 	r = r.WithContext(ctx)
 	err := x.admit(r, v)
+	defer v.leave()
 	if err == nil {
 		// The request may be one of a step's, on a connection that outlives it.
 		if !c.box.enter(v.grant.scope, v, func() { cancel(errWithdrawn) }) {
@@ -202,6 +204,7 @@ func (v *visit) book(c *session) *book {
 // admit decides on a request, and holds it back where its rule has a rate.
 func (x *exchange) admit(r *http.Request, v *visit) error {
 	c := x.session
+	v.leave = func() {}
 	if err := checkRequest(r, c.line); err != nil {
 		return err
 	}
@@ -217,6 +220,9 @@ func (x *exchange) admit(r *http.Request, v *visit) error {
 		return err
 	}
 	v.narrow, v.use = p.narrow, use
+	if v.leave, err = use.verify(r, c.box.held); err != nil {
+		return err
+	}
 	if use != nil && use.puts() {
 		v.line.Request.Lease = use.Lease
 	}
@@ -298,7 +304,9 @@ func (x *exchange) inspect(r *http.Response) error {
 		return denied("the answer has %d bytes, the rule allows %d", r.ContentLength, limit)
 	}
 	if v.use != nil {
-		return scrubbable(r)
+		if v.answer.opaque = v.use.opaque(r.StatusCode); !v.answer.opaque {
+			return scrubbable(r)
+		}
 	}
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/creds/mask"
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
+	"github.com/mayfly-ci/mayfly/sandbox/egress/sigv4"
 )
 
 // Credentials that the job does not hold. A request of a rule that has one is
@@ -31,6 +32,12 @@ func newInjection(in *egress.Injection) *injection {
 	if in.As == egress.Basic && in.User != "" {
 		secrets = append(secrets, creds.NewSecret(in.User+":"+in.Value.Reveal()))
 	}
+	if s := in.Signing; s != nil {
+		secrets = append(secrets, s.KeyID)
+		if !s.Session.IsZero() {
+			secrets = append(secrets, s.Session)
+		}
+	}
 	lower := creds.NewSecret(strings.ToLower(in.Value.Reveal()))
 	return &injection{*in, mask.New(secrets), mask.New([]creds.Secret{lower})}
 }
@@ -43,6 +50,17 @@ const (
 	ours          // the placeholder, and nothing beside it
 	foreign       // anything else
 )
+
+// use is what becomes of a request of the job's under a rule with a credential.
+func (in *injection) use(r *http.Request) *injected {
+	u := &injected{injection: in}
+	if in.As == egress.SigV4 {
+		u.state = u.readSignature(r)
+	} else {
+		u.state = in.state(r)
+	}
+	return u
+}
 
 // state looks at a request of the job's.
 func (in *injection) state(r *http.Request) state {
@@ -124,7 +142,9 @@ func queryValues(query, key string) []string {
 // An injected is what happens to one request.
 type injected struct {
 	*injection
-	state state
+	state  state
+	signed *sigv4.Signature // of SigV4, if it is ours
+	why    error            // that of SigV4 there is none, or none that can be read
 }
 
 // puts says whether the destination gets the credential.
@@ -133,6 +153,10 @@ func (u *injected) puts() bool { return u.state == ours || !u.Pass }
 // apply gives the request that the destination gets its credential. in is as the
 // job sent it.
 func (u *injected) apply(out, in *http.Request) {
+	if u.As == egress.SigV4 {
+		u.resign(out)
+		return
+	}
 	// Trailers could repeat a header, a range could cut the credential in an
 	// answer, cookies are other credentials, and what is compressed is not seen.
 	out.Trailer = nil
@@ -182,6 +206,10 @@ func (u *injected) pair(given, value string) string {
 
 // clear removes what stands where credentials do.
 func (u *injected) clear(out *http.Request) {
+	if u.As == egress.SigV4 {
+		sigv4.Clear(out)
+		return
+	}
 	out.Header.Del("Authorization")
 	for name := range out.Header {
 		if u.As == egress.Header && u.sameHeader(name) {
@@ -199,6 +227,8 @@ func (u *injected) clear(out *http.Request) {
 // judge says why a request that the rule allows cannot have its credential.
 func (u *injected) judge(r *http.Request) string {
 	switch {
+	case u.As == egress.SigV4 && u.unsigned() != "":
+		return u.unsigned()
 	case u.state == foreign && !u.Strip:
 		return "the rule has a credential of its own, and the request brings another"
 	case upgrades(r) || r.Method == http.MethodTrace:
@@ -217,9 +247,17 @@ type tripwire struct {
 // caller holds b.mu.
 func (b *box) arm(rules []grant) {
 	for _, r := range rules {
-		if r.inject != nil {
-			b.tripwires = append(b.tripwires, tripwire{r.inject.Lease, mask.New([]creds.Secret{creds.NewSecret(r.inject.Placeholder)})})
+		if r.inject == nil {
+			continue
 		}
+		places := []creds.Secret{creds.NewSecret(r.inject.Placeholder)}
+		if s := r.inject.Signing; s != nil {
+			places = append(places, creds.NewSecret(s.PlaceID))
+			if s.PlaceSession != "" {
+				places = append(places, creds.NewSecret(s.PlaceSession))
+			}
+		}
+		b.tripwires = append(b.tripwires, tripwire{r.inject.Lease, mask.New(places)})
 	}
 }
 

@@ -39,7 +39,7 @@ func FuzzInjection(f *testing.F) {
 			r.Header["X_key"] = []string{named}
 		}
 		i := newInjection(in)
-		u := &injected{i, i.state(r)}
+		u := i.use(r)
 		if u.judge(r) != "" {
 			if u.state != foreign {
 				t.Fatal("a plain request was refused")

@@ -149,7 +149,7 @@ func (c *session) allow(r *http.Request) (*permit, error) {
 		if g.inject == nil {
 			return p, nil
 		}
-		p.use = &injected{g.inject, g.inject.state(r)}
+		p.use = g.inject.use(r)
 		if p.use.state != foreign {
 			held = p
 			break

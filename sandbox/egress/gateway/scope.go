@@ -115,7 +115,8 @@ type box struct {
 	root      *scope
 	authority *authority // nil: no rule of the box needs one
 	sessions  tls.ClientSessionCache
-	limit     int // names that it may have
+	limit     int           // names that it may have
+	held      chan struct{} // places of requests of which something is held in memory
 	mu        sync.Mutex
 	// The following are guarded by mu.
 	byName map[string]*destination
@@ -135,7 +136,7 @@ type box struct {
 func newBox() *box {
 	return &box{
 		byName: make(map[string]*destination), byAddr: make(map[netip.Addr]*destination),
-		sessions: tls.NewLRUClientSessionCache(resumed),
+		sessions: tls.NewLRUClientSessionCache(resumed), held: make(chan struct{}, heldBodies),
 	}
 }
 
