@@ -59,6 +59,12 @@ func (s *steps) broker(ctx context.Context, l policy.Lease, lease creds.Lease) (
 		if b.Database != "" {
 			in.Name = lease.Facts[b.Database]
 		}
+		if in.Signing != nil {
+			key := *in.Signing
+			key.KeyID, key.PlaceID = secretOf(lease, b.KeyID), stand[b.KeyID]
+			key.Session, key.PlaceSession = secretOf(lease, b.Session), stand[b.Session]
+			in.Signing = &key
+		}
 		b.Rule.Inject = &in
 		rules = append(rules, b.Rule)
 	}
@@ -86,6 +92,15 @@ func placeholders(l policy.Lease, lease creds.Lease) (map[string]string, error) 
 		}
 		if stand[b.Value] == "" {
 			stand[b.Value] = placeholder(value)
+		}
+		for _, f := range []string{b.KeyID, b.Session} {
+			v := secretOf(lease, f)
+			if f != "" && v.IsZero() {
+				return nil, fmt.Errorf("lease %s: %s wants %q of the key, which issuer %s does not give", l.Name, b.Rule.ID, f, l.Issuer)
+			}
+			if f != "" && stand[f] == "" {
+				stand[f] = placeholder(v)
+			}
 		}
 	}
 	var errs []error
@@ -117,13 +132,22 @@ func withhold(l policy.Lease, lease creds.Lease) error {
 	return nil
 }
 
+// secretOf is a value of the lease, or a fact: the id of a key is no secret to its
+// issuer.
+func secretOf(lease creds.Lease, field string) creds.Secret {
+	if v, ok := lease.Values[field]; ok || lease.Facts[field] == "" {
+		return v
+	}
+	return creds.NewSecret(lease.Facts[field])
+}
+
 // contains reports that a field has a value in it.
 func contains(lease creds.Lease, field, value string) bool {
 	text := lease.Facts[field]
 	if v, ok := lease.Values[field]; ok {
 		text = v.Reveal()
 	}
-	return strings.Contains(text, lease.Values[value].Reveal())
+	return strings.Contains(text, secretOf(lease, value).Reveal())
 }
 
 // prefixes are how services mark what they issue, which programs look at.

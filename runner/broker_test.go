@@ -127,6 +127,31 @@ func TestBrokerFails(t *testing.T) {
 	}
 }
 
+// TestBrokerKey: the job has placeholders of all parts of a key of AWS, one of
+// which is a fact.
+func TestBrokerKey(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	g := &observed{(*worldGateway)(w), map[string]egress.Opening{}}
+	r := w.run(lifetime(t), func(c *runner.Config) {
+		withPolicy(t, strings.Replace(brokerPolicy, "as: basic, value: password, user: username,",
+			"as: aws-sigv4, value: password, aws: {key_id: username, session: dsn, regions: [r], services: [s3]},", 1))(c)
+		c.Issuers, c.Gateway = map[string]creds.Issuer{"pg": withDSN{(*worldIssuer)(w)}}, g
+	}, providers.Step{Run: "env NAME\nenv TOKEN"})
+	if r.Conclusion != providers.Success {
+		t.Fatalf("got %+v; log:\n%s", r, w.shown())
+	}
+	in := *g.opened["job"].Rules.Allow[0].Inject
+	s := *in.Signing
+	if s.KeyID.Reveal() != "u" || !strings.HasPrefix(s.Session.Reveal(), "postgres://u:pw-") || s.PlaceSession == "" || s.PlaceID == "" || s.Regions[0] != "r" {
+		t.Errorf("the gateway has %+v", s)
+	}
+	if got := w.shown(); got != s.PlaceID+"\n"+in.Placeholder+"\n" {
+		t.Errorf("the job has %q", got)
+	}
+	w.clean()
+}
+
 // withDSN is an issuer that gives its password twice.
 type withDSN struct{ *worldIssuer }
 

@@ -20,6 +20,15 @@ type Broker struct {
 	User  string      `json:"user,omitempty"` // the fact of the lease that is the user of Basic, or who logs in
 	// Database is the fact that names what a login is to.
 	Database string `json:"database,omitempty"`
+	// KeyID and Session are the values or facts that belong to Value where
+	// requests are signed (aws-sigv4). "" for Session: the key has none.
+	KeyID   string `json:"key_id,omitempty"`
+	Session string `json:"session,omitempty"`
+}
+
+// Fields are the fields of the lease in whose place the job has placeholders.
+func (b Broker) Fields() []string {
+	return slices.DeleteFunc([]string{b.Value, b.KeyID, b.Session}, func(f string) bool { return f == "" })
 }
 
 // brokerNode is an entry of a lease's list.
@@ -38,12 +47,30 @@ type brokerNode struct {
 	Requests *[]requestNode `yaml:"requests"`
 	CA       certificates   `yaml:"ca"`
 	Purpose  purpose        `yaml:"purpose"`
+	AWS      awsNode        `yaml:"aws"`
+}
+
+// awsNode is the rest of a key of AWS, and what may be signed with it.
+type awsNode struct {
+	Self     strict.Node `yaml:",self"`
+	KeyID    field       `yaml:"key_id,required"`
+	Session  field       `yaml:"session"`
+	Regions  []awsName   `yaml:"regions,required"`
+	Services []awsName   `yaml:"services,required"`
+}
+
+// awsName is a region or a service, as it stands in a signature.
+type awsName string
+
+func (a *awsName) UnmarshalText(b []byte) error {
+	*a = awsName(b)
+	return word(b, "the name of a region or a service", `[a-z0-9][a-z0-9-]{0,62}`)
 }
 
 type place egress.Place
 
 func (p *place) UnmarshalText(b []byte) error {
-	err := oneWord(b, "place", string(egress.Bearer), string(egress.Basic), string(egress.Header), string(egress.Query))
+	err := oneWord(b, "place", string(egress.Bearer), string(egress.Basic), string(egress.Header), string(egress.Query), string(egress.SigV4))
 	if err == nil {
 		*p = place(b)
 	}
@@ -84,6 +111,9 @@ func (n brokerNode) broker(l leaseNode) (Broker, placed, error) {
 		Lease: string(l.Name), As: egress.Place(n.As), Name: n.Header + n.Query,
 		Strip: n.Foreign == "strip", Pass: n.Absent == "pass",
 	}
+	if in.As == egress.SigV4 {
+		in.Signing = &egress.Signing{Regions: texts(n.AWS.Regions), Services: texts(n.AWS.Services)}
+	}
 	if in.As == egress.Header {
 		in.Name = http.CanonicalHeaderKey(in.Name)
 	}
@@ -102,7 +132,7 @@ func (n brokerNode) broker(l leaseNode) (Broker, placed, error) {
 			errs = append(errs, n.Self.Errorf("%s", strings.ReplaceAll(err.Error(), "\n", "; ")))
 		}
 	}
-	return Broker{Rule: e.Rule, Value: string(n.Value), User: string(n.User)}, placed{e, n.Self}, strict.Join(errs...)
+	return Broker{Rule: e.Rule, Value: string(n.Value), KeyID: string(n.AWS.KeyID), Session: string(n.AWS.Session), User: string(n.User)}, placed{e, n.Self}, strict.Join(errs...)
 }
 
 func (n brokerNode) checkPlace() error {
@@ -113,9 +143,13 @@ func (n brokerNode) checkPlace() error {
 		as    egress.Place
 	}{
 		{"header", n.Header != "", egress.Header}, {"query", n.Query != "", egress.Query}, {"user", n.User != "", egress.Basic},
+		{"aws", !n.AWS.Self.IsZero(), egress.SigV4},
 	} {
 		if c.given && egress.Place(n.As) != c.as {
 			errs = append(errs, n.Self.At(c.key).Errorf("%s is for as: %s", c.key, c.as))
+		}
+		if c.as == egress.SigV4 && !c.given && egress.Place(n.As) == c.as {
+			errs = append(errs, n.Self.At("as").Errorf("as: aws-sigv4 needs aws: {key_id: FIELD, regions: […], services: […]}"))
 		}
 	}
 	return strict.Join(errs...)
@@ -135,7 +169,7 @@ func (l leaseNode) brokers() ([]Broker, []placed, error) {
 		all, out, errs = append(all, b), append(out, p), append(errs, err)
 	}
 	for _, f := range l.Clear {
-		if !slices.ContainsFunc(all, func(b Broker) bool { return b.Value == string(f) }) {
+		if !slices.ContainsFunc(all, func(b Broker) bool { return slices.Contains(b.Fields(), string(f)) }) {
 			errs = append(errs, l.Self.At("clear").Errorf("%s is not brokered, so what names it has it in clear anyway: remove it", f))
 		}
 	}

@@ -94,7 +94,7 @@ func (l Lease) InClear() []string {
 	var open []string
 	for _, wants := range []map[string]string{l.Env, l.Files} {
 		for _, field := range wants {
-			brokered := slices.ContainsFunc(l.Broker, func(b Broker) bool { return b.Value == field })
+			brokered := slices.ContainsFunc(l.Broker, func(b Broker) bool { return slices.Contains(b.Fields(), field) })
 			if !brokered || slices.Contains(l.Clear, field) {
 				open = append(open, field)
 			}
