@@ -25,7 +25,7 @@ ENGINE := busybox-static containerd debootstrap docker.io docker-registry etcd-s
 
 # Real servers that the tests and the benchmark run against, each a directory of
 # test/servers. They are built once and kept outside of the tree.
-SERVERS := gitea containerd dockerd runsc openbao minio kubernetes oauth
+SERVERS := gitea containerd dockerd runsc openbao minio kubernetes oauth clients
 
 # Directories that hold crash tests.
 CRASH := $(addsuffix /...,$(wildcard ./test/crash ./runner))

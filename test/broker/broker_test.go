@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -42,10 +43,11 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox/native"
 	"github.com/mayfly-ci/mayfly/test/agenttest"
 	"github.com/mayfly-ci/mayfly/test/giteatest"
+	"github.com/mayfly-ci/mayfly/test/servertest"
 )
 
 func TestMain(m *testing.M) {
-	if err := giteatest.Prepare(); err != nil {
+	if err := errors.Join(giteatest.Prepare(), servertest.Prepare("minio", "clients")); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
@@ -104,14 +106,7 @@ func (i *tokens) use(ctx context.Context, token string) (int, error) {
 // front puts TLS before the server, and says at /echo what it was sent.
 func front(t *testing.T, server *giteatest.Server) (port int, ca string) {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	agenttest.Must(t, err)
-	c := &x509.Certificate{
-		DNSNames: []string{"git.corp"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, c, c, key.Public(), key)
-	agenttest.Must(t, err)
+	cert, ca := certificate(t, "git.corp")
 	to, err := url.Parse(server.URL())
 	agenttest.Must(t, err)
 	mux := http.NewServeMux()
@@ -120,12 +115,38 @@ func front(t *testing.T, server *giteatest.Server) (port int, ca string) {
 		w.Header().Set("X-Echo", r.Header.Get("Authorization"))
 		fmt.Fprintf(w, "echo %s\n", r.Header.Get("Authorization"))
 	})
-	s := httptest.NewUnstartedServer(mux)
-	s.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
+	return serve(t, cert, mux), ca
+}
+
+// serve serves https on this machine.
+func serve(t *testing.T, cert tls.Certificate, h http.Handler) (port int) {
+	t.Helper()
+	s := httptest.NewUnstartedServer(h)
+	s.TLS = &tls.Config{Certificates: []tls.Certificate{cert}}
 	s.EnableHTTP2 = true
 	s.StartTLS()
 	t.Cleanup(s.Close)
-	return s.Listener.Addr().(*net.TCPAddr).Port, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+	return s.Listener.Addr().(*net.TCPAddr).Port
+}
+
+// certificate is one that signs itself, for a name and for this machine.
+func certificate(t *testing.T, name string) (tls.Certificate, string) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	agenttest.Must(t, err)
+	c := &x509.Certificate{
+		SerialNumber: big.NewInt(1), DNSNames: []string{name}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, c, c, key.Public(), key)
+	agenttest.Must(t, err)
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+}
+
+// indented is text below a key of the policy that stands n columns in.
+func indented(n int, text string) string {
+	return strings.ReplaceAll(strings.TrimSpace(text), "\n", "\n"+strings.Repeat(" ", n))
 }
 
 // policyText has two ways to authenticate to one server.
@@ -198,7 +219,7 @@ func TestGit(t *testing.T) {
 	}
 	port, ca := front(t, server)
 	issuer := &tokens{server: server}
-	a := newAgent(t, issuer, fmt.Sprintf(policyText, port, strings.ReplaceAll(strings.TrimSpace(ca), "\n", "\n              ")))
+	a := newAgent(t, map[string]creds.Issuer{"gitea": issuer}, fmt.Sprintf(policyText, port, indented(14, ca)))
 	conclusion, log := a.run(ctx, t, fmt.Sprintf(steps, port))
 	if conclusion != providers.Success {
 		t.Fatalf("%s:\n%s", conclusion, log)
@@ -251,7 +272,7 @@ type agent struct {
 	cfg   runner.Config
 }
 
-func newAgent(t *testing.T, issuer creds.Issuer, text string) *agent {
+func newAgent(t *testing.T, issuers map[string]creds.Issuer, text string) *agent {
 	t.Helper()
 	a := &agent{dir: t.TempDir()}
 	var err error
@@ -275,7 +296,7 @@ func newAgent(t *testing.T, issuer creds.Issuer, text string) *agent {
 	agenttest.Must(t, err)
 	a.cfg = runner.Config{
 		Providers: map[string]providers.Provider{"local": spool}, Runtimes: map[string]sandbox.Runtime{"native": boxes},
-		Issuers: map[string]creds.Issuer{"gitea": issuer}, Gateway: way, Policy: rules, Audit: record, Log: zerolog.Nop(), Slots: 1, Once: true,
+		Issuers: issuers, Gateway: way, Policy: rules, Audit: record, Log: zerolog.Nop(), Slots: 1, Once: true,
 	}
 	return a
 }

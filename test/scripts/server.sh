@@ -1,9 +1,10 @@
 #!/bin/bash
 # Prints the directory of a server that tests run against, such as "gitea":
 # built once, by test/servers/NAME/build.sh, and kept outside of the tree for as
-# long as its modules, that script and Go stay what they are. When it is there,
-# this takes no time. What cannot be built ends the run.
+# long as its modules, its own source, that script and Go stay what they are.
+# When it is there, this takes no time. What cannot be built ends the run.
 set -euo pipefail
+shopt -s nullglob # most are built of nothing but modules
 cd "$(dirname "$0")/../servers/${1:?the name of a directory in test/servers}"
 unset GOARCH GOOS # the server runs here, whatever is being compiled for
 

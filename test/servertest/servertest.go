@@ -13,10 +13,30 @@ import (
 	"strings"
 )
 
+// Prepare builds what is not there, and lets the tests that this process starts
+// find it where the repository is out of sight. It is for TestMain.
+func Prepare(names ...string) error {
+	for _, name := range names {
+		dir, err := Dir(context.Background(), name)
+		if err == nil {
+			err = os.Setenv(variable(name), dir)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func variable(name string) string { return "MAYFLY_SERVER_" + strings.ToUpper(name) }
+
 // Dir is the directory of the programs of test/servers/NAME, which are built if
 // they are not there. Its caller stands in a directory of the module. What cannot
 // be built is an error, and never a reason to leave a test out.
 func Dir(ctx context.Context, name string) (string, error) {
+	if dir := os.Getenv(variable(name)); dir != "" {
+		return dir, nil
+	}
 	root, err := os.Getwd()
 	if err != nil {
 		return "", fmt.Errorf("server %s: %w", name, err)
