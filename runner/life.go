@@ -114,7 +114,8 @@ func (l *life) run(ctx, alive context.Context) (providers.Result, error) {
 
 // inBox acquires what the plan grants and runs the job's steps.
 func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time.Time) (providers.Result, error) {
-	if err := l.objects(ctx); err != nil {
+	plan, err := l.payload(ctx, plan)
+	if err != nil {
 		return providers.Result{}, err
 	}
 	l.take(ctx, plan, deadline)

@@ -325,6 +325,9 @@ func explain(e policy.Explanation) string {
 				x.Value, x.Rule.Name, x.Rule.Port, strings.TrimSpace(string(in.As)+" "+in.Name))
 		}
 	}
+	if p.Token != "" {
+		fmt.Fprintf(&b, "  token   of the provider: %s\n", p.Token)
+	}
 	if len(p.Egress)+len(p.Leases)+len(p.Mode) == 0 {
 		b.WriteString("  no way out and no credentials\n")
 	}

@@ -36,8 +36,13 @@ type ruleNode struct {
 	Leases  []leaseNode  `yaml:"leases"`
 	Keep    keepSpan     `yaml:"keep-on-failure"`
 	Wall    isolation    `yaml:"isolation"`
-	Narrow  bool         `yaml:"narrow"`
-	Mode    mode         `yaml:"mode"`
+	Options optionsNode  `yaml:",inline"`
+}
+
+type optionsNode struct {
+	Narrow bool     `yaml:"narrow"`
+	Mode   mode     `yaml:"mode"`
+	Token  delivery `yaml:"provider-token"`
 }
 
 type match struct {
@@ -121,7 +126,7 @@ func decode(src []byte, file string) ([]rule, error) {
 // rule turns one rule of the file into what Decide uses.
 func (n ruleNode) rule() (rule, error) {
 	r := rule{match: n.Match, plan: n.basics()}
-	r.plan.Isolation, r.plan.Narrows, r.plan.Mode = sandbox.Isolation(n.Wall), n.Narrow, string(n.Mode)
+	r.plan.Isolation, r.plan.Narrows, r.plan.Mode, r.plan.Token = sandbox.Isolation(n.Wall), n.Options.Narrow, string(n.Options.Mode), Delivery(n.Options.Token)
 	var out []placed
 	var errs []error
 	for _, e := range n.Egress {
@@ -178,8 +183,8 @@ func (n ruleNode) checkPull() error {
 
 // checkMode keeps strangers from learning what is open to them.
 func (n ruleNode) checkMode() error {
-	if n.Mode != "" && n.Match.Trust.match(string(providers.TrustFork)) {
-		return n.Self.At("mode").Errorf("mode %s opens every name to the job, and trust fork is anybody's code: take fork out of this rule", n.Mode)
+	if n.Options.Mode != "" && n.Match.Trust.match(string(providers.TrustFork)) {
+		return n.Self.At("mode").Errorf("mode %s opens every name to the job, and trust fork is anybody's code: take fork out of this rule", n.Options.Mode)
 	}
 	return nil
 }

@@ -48,6 +48,11 @@ type Plan struct {
 	// Isolation is the wall of the box; "" is the machine's own kernel.
 	Isolation sandbox.Isolation `json:"isolation,omitempty"`
 
+	Options
+}
+
+// Options are the parts of a plan that few rules ask for.
+type Options struct {
 	// Narrows says that the job's repository may take from the plan (Narrow), and
 	// Narrowed is the digest of the file that did.
 	Narrows  bool   `json:"narrows,omitempty"`
@@ -55,7 +60,20 @@ type Plan struct {
 	// Mode is egress.ModeAudit for a job that may reach what no rule allows, where
 	// the agent's configuration lets it; "" is enforcement.
 	Mode string `json:"mode,omitempty"`
+	// Token is what the job has of the token that the provider gave it.
+	Token Delivery `json:"provider_token,omitempty"`
 }
+
+// A Delivery is how a job gets a credential that the provider put into it.
+type Delivery string
+
+// Deliveries. "" is Brokered, but Clear for a job that reaches the provider in a
+// way that the gateway does not see into.
+const (
+	Brokered Delivery = "brokered" // it has a placeholder, and the gateway the token
+	Clear    Delivery = "clear"
+	Withheld Delivery = "withheld" // it has nothing
+)
 
 // An Egress is a way out, for the whole job, for one step of it, or for one of
 // its services.

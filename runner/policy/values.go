@@ -159,6 +159,14 @@ func (i *isolation) UnmarshalText(b []byte) error {
 	return nil
 }
 
+// delivery is what a job has of its provider's token.
+type delivery Delivery
+
+func (d *delivery) UnmarshalText(b []byte) error {
+	*d = delivery(b)
+	return oneWord(b, "word for the provider's token", string(Brokered), string(Clear), string(Withheld))
+}
+
 type tier providers.Trust
 
 func (t *tier) UnmarshalText(b []byte) error {
