@@ -24,6 +24,8 @@ func httpsClauses() []clause {
 		{"an upgrade passes only where the rule says", upgraded},
 		{"no line holds a path that may be secret, or a query", discreet},
 		{"a wildcard spans one label", oneLabel},
+		{"inject: the destination gets the credential, and the box never has it", injects},
+		{"inject: a placeholder elsewhere is refused, also when its rule is gone", tripwires},
 	}
 }
 

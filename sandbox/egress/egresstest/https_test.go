@@ -47,6 +47,19 @@ func httpsMutants() map[string]mutation {
 		"requests: bounds hold":                      requests(func(r *egress.Request) { r.Sent = 0 }),
 		"an upgrade passes only where the rule says": requests(func(r *egress.Request) { r.WebSocket = true }),
 		"a wildcard spans one label":                 of(adds("a.b.web.example", 443)),
+		"inject: the destination gets the credential, and the box never has it": of(each(func(r *egress.Rule) {
+			if r.Inject != nil {
+				in := *r.Inject
+				in.Strip = true
+				r.Inject = &in
+			}
+		})),
+		"inject: a placeholder elsewhere is refused, also when its rule is gone": of(broken{open: func(next egress.Gateway, name string, o egress.Opening) error {
+			if name == "job-1-lease" {
+				return nil
+			}
+			return next.Open(context.Background(), name, o)
+		}}),
 		"no line holds a path that may be secret, or a query": of(lines(func(next egress.Ledger, l egress.Line) error {
 			if l.Request.Method != "" {
 				l.Reason = "GET /hooks/T0123456789SECRET"

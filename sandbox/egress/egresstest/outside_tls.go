@@ -75,6 +75,9 @@ func (b *bench) secure(n *notary, address string, names ...string) error {
 			w.Header().Set("Connection", "close")
 		}
 		fmt.Fprintf(w, "host %s %s %s %d", r.Host, r.Proto, r.URL.Path, len(body))
+		if a := r.Header.Get("Authorization"); a != "" {
+			fmt.Fprintf(w, " said %s, good %v", a, a == "Bearer "+credential)
+		}
 	}))
 	s.TLS = &tls.Config{Certificates: []tls.Certificate{cert}}
 	s.EnableHTTP2 = true
