@@ -59,6 +59,7 @@ func (s *steps) broker(ctx context.Context, l policy.Lease, lease creds.Lease) (
 		if b.Database != "" {
 			in.Name = lease.Facts[b.Database]
 		}
+		in.Chain = secretOf(lease, b.Certificate).Reveal()
 		if in.Signing != nil {
 			key := *in.Signing
 			key.KeyID, key.PlaceID = secretOf(lease, b.KeyID), stand[b.KeyID]
@@ -92,6 +93,9 @@ func placeholders(l policy.Lease, lease creds.Lease) (map[string]string, error) 
 		}
 		if stand[b.Value] == "" {
 			stand[b.Value] = placeholder(value)
+		}
+		if b.Certificate != "" && secretOf(lease, b.Certificate).IsZero() {
+			return nil, fmt.Errorf("lease %s: %s wants the certificate %q, which issuer %s does not give", l.Name, b.Rule.ID, b.Certificate, l.Issuer)
 		}
 		for _, f := range []string{b.KeyID, b.Session} {
 			v := secretOf(lease, f)

@@ -135,7 +135,7 @@ func TestBrokerKey(t *testing.T) {
 	g := &observed{(*worldGateway)(w), map[string]egress.Opening{}}
 	r := w.run(lifetime(t), func(c *runner.Config) {
 		withPolicy(t, strings.Replace(brokerPolicy, "as: basic, value: password, user: username,",
-			"as: aws-sigv4, value: password, aws: {key_id: username, session: dsn, regions: [r], services: [s3]},", 1))(c)
+			"as: aws-sigv4, value: password, with: {key_id: username, session: dsn, regions: [r], services: [s3]},", 1))(c)
 		c.Issuers, c.Gateway = map[string]creds.Issuer{"pg": withDSN{(*worldIssuer)(w)}}, g
 	}, providers.Step{Run: "env NAME\nenv TOKEN"})
 	if r.Conclusion != providers.Success {
@@ -148,6 +148,26 @@ func TestBrokerKey(t *testing.T) {
 	}
 	if got := w.shown(); got != s.PlaceID+"\n"+in.Placeholder+"\n" {
 		t.Errorf("the job has %q", got)
+	}
+	w.clean()
+}
+
+// TestBrokerCertificate: the gateway has a certificate and its key.
+func TestBrokerCertificate(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	g := &observed{(*worldGateway)(w), map[string]egress.Opening{}}
+	r := w.run(lifetime(t), func(c *runner.Config) {
+		withPolicy(t, strings.Replace(brokerPolicy, "as: basic, value: password, user: username,",
+			"as: client-certificate, value: password, with: {certificate: username},", 1))(c)
+		c.Gateway = g
+	}, providers.Step{Run: "env TOKEN"})
+	if r.Conclusion != providers.Success {
+		t.Fatalf("got %+v; log:\n%s", r, w.shown())
+	}
+	in := *g.opened["job"].Rules.Allow[0].Inject
+	if in.Chain != "u" || !strings.HasPrefix(in.Value.Reveal(), "pw-") || strings.Contains(w.shown(), "pw-") {
+		t.Errorf("the gateway has the chain %q", in.Chain)
 	}
 	w.clean()
 }

@@ -24,6 +24,9 @@ type Broker struct {
 	// requests are signed (aws-sigv4). "" for Session: the key has none.
 	KeyID   string `json:"key_id,omitempty"`
 	Session string `json:"session,omitempty"`
+	// Certificate is the value or fact that has the certificate of Value, where
+	// that is the private key of client-certificate.
+	Certificate string `json:"certificate,omitempty"`
 }
 
 // Fields are the fields of the lease in whose place the job has placeholders.
@@ -47,16 +50,18 @@ type brokerNode struct {
 	Requests *[]requestNode `yaml:"requests"`
 	CA       certificates   `yaml:"ca"`
 	Purpose  purpose        `yaml:"purpose"`
-	AWS      awsNode        `yaml:"aws"`
+	With     withNode       `yaml:"with"`
 }
 
-// awsNode is the rest of a key of AWS, and what may be signed with it.
-type awsNode struct {
-	Self     strict.Node `yaml:",self"`
-	KeyID    field       `yaml:"key_id,required"`
-	Session  field       `yaml:"session"`
-	Regions  []awsName   `yaml:"regions,required"`
-	Services []awsName   `yaml:"services,required"`
+// withNode is what belongs to the value where that is not all: the rest of a key
+// of AWS, and what may be signed with it; the certificate of a private key.
+type withNode struct {
+	Self        strict.Node `yaml:",self"`
+	KeyID       field       `yaml:"key_id"`
+	Session     field       `yaml:"session"`
+	Regions     []awsName   `yaml:"regions"`
+	Services    []awsName   `yaml:"services"`
+	Certificate field       `yaml:"certificate"`
 }
 
 // awsName is a region or a service, as it stands in a signature.
@@ -70,7 +75,7 @@ func (a *awsName) UnmarshalText(b []byte) error {
 type place egress.Place
 
 func (p *place) UnmarshalText(b []byte) error {
-	err := oneWord(b, "place", string(egress.Bearer), string(egress.Basic), string(egress.Header), string(egress.Query), string(egress.SigV4))
+	err := oneWord(b, "place", string(egress.Bearer), string(egress.Basic), string(egress.Header), string(egress.Query), string(egress.SigV4), string(egress.Certificate))
 	if err == nil {
 		*p = place(b)
 	}
@@ -112,7 +117,7 @@ func (n brokerNode) broker(l leaseNode) (Broker, placed, error) {
 		Strip: n.Foreign == "strip", Pass: n.Absent == "pass",
 	}
 	if in.As == egress.SigV4 {
-		in.Signing = &egress.Signing{Regions: texts(n.AWS.Regions), Services: texts(n.AWS.Services)}
+		in.Signing = &egress.Signing{Regions: texts(n.With.Regions), Services: texts(n.With.Services)}
 	}
 	if in.As == egress.Header {
 		in.Name = http.CanonicalHeaderKey(in.Name)
@@ -132,7 +137,7 @@ func (n brokerNode) broker(l leaseNode) (Broker, placed, error) {
 			errs = append(errs, n.Self.Errorf("%s", strings.ReplaceAll(err.Error(), "\n", "; ")))
 		}
 	}
-	return Broker{Rule: e.Rule, Value: string(n.Value), KeyID: string(n.AWS.KeyID), Session: string(n.AWS.Session), User: string(n.User)}, placed{e, n.Self}, strict.Join(errs...)
+	return Broker{Rule: e.Rule, Value: string(n.Value), KeyID: string(n.With.KeyID), Session: string(n.With.Session), Certificate: string(n.With.Certificate), User: string(n.User)}, placed{e, n.Self}, strict.Join(errs...)
 }
 
 func (n brokerNode) checkPlace() error {
@@ -143,16 +148,33 @@ func (n brokerNode) checkPlace() error {
 		as    egress.Place
 	}{
 		{"header", n.Header != "", egress.Header}, {"query", n.Query != "", egress.Query}, {"user", n.User != "", egress.Basic},
-		{"aws", !n.AWS.Self.IsZero(), egress.SigV4},
 	} {
 		if c.given && egress.Place(n.As) != c.as {
 			errs = append(errs, n.Self.At(c.key).Errorf("%s is for as: %s", c.key, c.as))
 		}
-		if c.as == egress.SigV4 && !c.given && egress.Place(n.As) == c.as {
-			errs = append(errs, n.Self.At("as").Errorf("as: aws-sigv4 needs aws: {key_id: FIELD, regions: […], services: […]}"))
+	}
+	return strict.Join(append(errs, n.checkWith())...)
+}
+
+func (n brokerNode) checkWith() error {
+	w := n.With
+	key := w.KeyID != "" && len(w.Regions) > 0 && len(w.Services) > 0
+	more := w.KeyID != "" || w.Session != "" || len(w.Regions) > 0 || len(w.Services) > 0
+	switch egress.Place(n.As) {
+	case egress.SigV4:
+		if !key || w.Certificate != "" {
+			return n.Self.At("as").Errorf("as: aws-sigv4 needs with: {key_id: FIELD, regions: […], services: […]}, and session: FIELD if the key has a token")
+		}
+	case egress.Certificate:
+		if w.Certificate == "" || more {
+			return n.Self.At("as").Errorf("as: client-certificate needs with: {certificate: FIELD}, of which value is the private key")
+		}
+	default:
+		if !w.Self.IsZero() {
+			return n.Self.At("with").Errorf("with is for as: aws-sigv4 and client-certificate")
 		}
 	}
-	return strict.Join(errs...)
+	return nil
 }
 
 // brokers are those of a lease, and what they open, for contradictions.

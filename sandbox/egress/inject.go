@@ -1,6 +1,7 @@
 package egress
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net/textproto"
@@ -22,6 +23,11 @@ const (
 	// SigV4 is the signature of AWS (Version 4), in the header or in the query:
 	// what the job signed with placeholders is signed anew. See Signing.
 	SigV4 Place = "aws-sigv4"
+	// Certificate is in no request: the gateway proves itself to the destination
+	// as the owner of Chain when a connection begins (RFC 8446 section 4.4.2),
+	// with Value for a private key. The job speaks plain https, and its requests
+	// pass as they are. A connection that was made so carries nothing else.
+	Certificate Place = "client-certificate"
 )
 
 // A Signing is the rest of a key of AWS, whose secret part is the Value and the
@@ -63,6 +69,9 @@ type Injection struct {
 	Pass bool `json:",omitempty"`
 	// Signing belongs to SigV4, and to nothing else.
 	Signing *Signing `json:",omitempty"`
+	// Chain is the certificate of Certificate, and those that lead to its
+	// authority, as PEM. Value is a PEM then, too.
+	Chain string `json:",omitempty"`
 }
 
 const (
@@ -88,12 +97,14 @@ func (in Injection) Check() error {
 	}
 	named := in.As == Header || in.As == Query
 	switch {
-	case !slices.Contains([]Place{Bearer, Basic, Header, Query, SigV4}, in.As):
-		all = append(all, fmt.Errorf("as %q: bearer, basic, header, query or aws-sigv4 is needed", in.As))
+	case !slices.Contains([]Place{Bearer, Basic, Header, Query, SigV4, Certificate}, in.As):
+		all = append(all, fmt.Errorf("as %q: bearer, basic, header, query, aws-sigv4 or client-certificate is needed", in.As))
 	case named && (in.Name == "" || strings.ContainsFunc(in.Name, func(c rune) bool { return !tokenChar(c) })):
 		all = append(all, fmt.Errorf("name %q: the name of the %s is needed, of letters, digits, _ and -", in.Name, in.As))
 	case !named && in.Name != "":
 		all = append(all, fmt.Errorf("as %s has its place, and takes no name", in.As))
+	case in.As == Certificate && (in.Strip || in.Pass), in.As != Certificate && in.Chain != "":
+		all = append(all, errors.New("as client-certificate, and nothing else, has a chain; its requests pass as they are"))
 	case in.As == Header && framing(in.Name):
 		all = append(all, fmt.Errorf("header %s: it is the gateway's own, or has a meaning for HTTP; Authorization is as: bearer or basic", in.Name))
 	}
@@ -135,6 +146,12 @@ func (in Injection) checkSigning() error {
 func (in Injection) checkValue() error {
 	if in.Value.IsZero() && in.Placeholder == "" {
 		return nil // it is not issued yet
+	}
+	if in.As == Certificate {
+		if _, err := tls.X509KeyPair([]byte(in.Chain), []byte(in.Value.Reveal())); err != nil {
+			return errors.New("as client-certificate: a certificate and its private key are needed, as PEM")
+		}
+		return nil
 	}
 	return checkCredential(in.Value, in.Placeholder)
 }

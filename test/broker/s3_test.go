@@ -158,7 +158,7 @@ rules:
             port: %[1]d
             as: aws-sigv4
             value: secret_access_key
-            aws: {key_id: access_key_id, session: session_token, regions: [us-east-1], services: [s3]}
+            with: {key_id: access_key_id, session: session_token, regions: [us-east-1], services: [s3]}
             resolve: [127.0.0.1]
             ca: |
               %[2]s

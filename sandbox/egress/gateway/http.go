@@ -250,7 +250,7 @@ func (x *exchange) forward(w http.ResponseWriter, r *http.Request, v *visit) {
 	c := x.session
 	v.sent = &counted{ReadCloser: r.Body}
 	v.answer = &answered{ResponseWriter: w, sent: v.sent}
-	if v.use != nil {
+	if v.use != nil && v.use.As != egress.Certificate {
 		v.answer.scrub = newScrub(v.use.injection, w)
 	}
 	if v.narrow != nil {

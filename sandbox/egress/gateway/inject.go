@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"crypto/tls"
 	"encoding/base64"
 	"net/http"
 	"net/url"
@@ -21,7 +22,8 @@ import (
 type injection struct {
 	egress.Injection
 	hidden *mask.Set
-	names  *mask.Set // hides it where all is lower case: in names of headers
+	cert   *tls.Certificate // of Certificate
+	names  *mask.Set        // hides it where all is lower case: in names of headers
 }
 
 func newInjection(in *egress.Injection) *injection {
@@ -39,7 +41,13 @@ func newInjection(in *egress.Injection) *injection {
 		}
 	}
 	lower := creds.NewSecret(strings.ToLower(in.Value.Reveal()))
-	return &injection{*in, mask.New(secrets), mask.New([]creds.Secret{lower})}
+	made := &injection{Injection: *in, hidden: mask.New(secrets), names: mask.New([]creds.Secret{lower})}
+	if in.As == egress.Certificate {
+		if pair, err := tls.X509KeyPair([]byte(in.Chain), []byte(in.Value.Reveal())); err == nil { // Check has looked
+			made.cert = &pair
+		}
+	}
+	return made
 }
 
 // What a request has where credentials stand.
@@ -53,10 +61,12 @@ const (
 
 // use is what becomes of a request of the job's under a rule with a credential.
 func (in *injection) use(r *http.Request) *injected {
-	u := &injected{injection: in}
-	if in.As == egress.SigV4 {
+	u := &injected{injection: in, state: ours}
+	switch in.As {
+	case egress.Certificate: // nothing of it is in a request
+	case egress.SigV4:
 		u.state = u.readSignature(r)
-	} else {
+	default:
 		u.state = in.state(r)
 	}
 	return u
@@ -153,7 +163,10 @@ func (u *injected) puts() bool { return u.state == ours || !u.Pass }
 // apply gives the request that the destination gets its credential. in is as the
 // job sent it.
 func (u *injected) apply(out, in *http.Request) {
-	if u.As == egress.SigV4 {
+	switch u.As {
+	case egress.Certificate:
+		return
+	case egress.SigV4:
 		u.resign(out)
 		return
 	}
@@ -231,6 +244,8 @@ func (u *injected) judge(r *http.Request) string {
 		return u.unsigned()
 	case u.state == foreign && !u.Strip:
 		return "the rule has a credential of its own, and the request brings another"
+	case u.As == egress.Certificate:
+		return ""
 	case upgrades(r) || r.Method == http.MethodTrace:
 		return "a request that gets a credential is no TRACE, and becomes no WebSocket"
 	}

@@ -202,7 +202,15 @@ func (g *grant) judge(r *http.Request) (n *narrow, why string, far int) {
 // sameService reports that what one rule says of the destination holds for a
 // connection that was made under another.
 func sameService(a, b egress.Rule) bool {
-	return a.Protocol == b.Protocol && slices.Equal(a.Resolve, b.Resolve) && a.CA == b.CA
+	return a.Protocol == b.Protocol && slices.Equal(a.Resolve, b.Resolve) && a.CA == b.CA && chain(a) == chain(b)
+}
+
+// chain is the certificate that connections under a rule are made with.
+func chain(r egress.Rule) string {
+	if r.Inject == nil {
+		return ""
+	}
+	return r.Inject.Chain
 }
 
 // upgrades reports a request to leave HTTP.

@@ -110,5 +110,5 @@ func (u *injected) resign(out *http.Request) {
 // opaque reports an answer whose body is not masked: an object of the store, with
 // its length, ranges and encoding. Errors name the key, and are.
 func (u *injected) opaque(status int) bool {
-	return u.As == egress.SigV4 && status < http.StatusBadRequest
+	return u.As == egress.SigV4 && status < http.StatusBadRequest || u.As == egress.Certificate
 }

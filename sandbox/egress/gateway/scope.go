@@ -123,14 +123,18 @@ type box struct {
 	byAddr map[netip.Addr]*destination
 	scopes []*scope // that are open, the root first
 	conns  int
-	door   *door    // nil before Attach
-	net    *os.File // the network of the box; nil before Attach, after Close, and if it cannot be entered
-
+	attached
 	learn     *egress.Learning // nil: rules are needed
-	who       *who             // nil before Attach
 	published []published      // since Open
 	tripwires []tripwire       // of all that were ever open
 	logins    logins
+}
+
+// attached is what a box has from Attach on.
+type attached struct {
+	door *door
+	net  *os.File // the network of the box; nil after Close, and if it cannot be entered
+	who  *who
 }
 
 func newBox() *box {
@@ -202,6 +206,9 @@ func conflict(grants []grant, r egress.Rule) error {
 		}
 		if g.Port == r.Port && (g.Protocol != r.Protocol || !slices.Equal(g.Resolve, r.Resolve) || g.CA != r.CA) {
 			return fmt.Errorf("%w: %s contradicts %s about %s port %d; make protocol, resolve and ca the same", egress.ErrBadRules, cite(r), cite(g.Rule), r.Name, r.Port)
+		}
+		if g.Port == r.Port && chain(g.Rule) != chain(r) {
+			return fmt.Errorf("%w: %s and %s: whole connections to %s port %d have a client certificate; no other rule can be for it", egress.ErrBadRules, cite(r), cite(g.Rule), r.Name, r.Port)
 		}
 	}
 	return nil

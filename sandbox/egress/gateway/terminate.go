@@ -84,6 +84,11 @@ func (c *session) secure(ctx context.Context, conn net.Conn, p *http.Protocols) 
 	} else {
 		config.ClientSessionCache = c.box.sessions // they were verified as this one is
 	}
+	if in := c.grant.inject; in != nil && in.cert != nil {
+		// The destination may ask for another authority's: let it say no to this one.
+		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return in.cert, nil }
+		config.ClientSessionCache = nil // a session that others resume would be the owner's
+	}
 	ctx, cancel := c.gateway.soon(ctx)
 	defer cancel()
 	t := tls.Client(conn, config)
