@@ -78,7 +78,9 @@ func tripwires(b *bench) error {
 	trip := func() error {
 		var errs []error
 		for _, tt := range [][3]string{
-			{"/api/x", "X-Note", standing}, {"/other", "Authorization", "Bearer " + standing}, {"/other/" + standing, "X-Nothing", "x"},
+			{"/api/x", "X-Note", standing},
+			{"/other", "Authorization", "Bearer " + standing},
+			{"/other/" + standing, "X-Nothing", "x"},
 			{"/other?note=" + standing, "X-Nothing", "x"},
 		} {
 			if status, text, err := get(tt[0], tt[1], tt[2]); err == nil && (status == 200 || strings.HasPrefix(text, "host ")) {

@@ -274,8 +274,11 @@ func (s *Signature) presign(out *http.Request, key Key) {
 		pairs = append(pairs, out.URL.RawQuery)
 	}
 	for _, p := range [][2]string{
-		{"X-Amz-Algorithm", algorithm}, {"X-Amz-Credential", s.KeyID + "/" + s.scope()}, {"X-Amz-Date", s.at.Format(stamp)},
-		{"X-Amz-Expires", strconv.Itoa(int(s.expires / time.Second))}, {"X-Amz-Security-Token", key.Session},
+		{"X-Amz-Algorithm", algorithm},
+		{"X-Amz-Credential", s.KeyID + "/" + s.scope()},
+		{"X-Amz-Date", s.at.Format(stamp)},
+		{"X-Amz-Expires", strconv.Itoa(int(s.expires / time.Second))},
+		{"X-Amz-Security-Token", key.Session},
 		{"X-Amz-SignedHeaders", strings.Join(s.headers, ";")},
 	} {
 		if p[1] != "" {
