@@ -7,11 +7,18 @@ import (
 	"github.com/mayfly-ci/mayfly/runner/policy"
 )
 
-// TestExampleIssuers: each issuer is in use, and each lease is of one. What the
-// sections say, cmd/mayfly reads.
+// TestExampleIssuers: each issuer of the examples is in use, and each lease is of
+// one. What the sections say, cmd/mayfly reads.
 func TestExampleIssuers(t *testing.T) {
 	t.Parallel()
-	c, err := Load("agent-issuers.yaml")
+	for _, file := range []string{"agent-issuers.yaml", "agent-vault.yaml", "agent-aws.yaml"} {
+		exampleIssuers(t, file)
+	}
+}
+
+func exampleIssuers(t *testing.T, file string) {
+	t.Helper()
+	c, err := Load(file)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -26,12 +33,12 @@ func TestExampleIssuers(t *testing.T) {
 	used := map[string]bool{}
 	for _, g := range p.Grants() {
 		if used[g.Issuer] = true; c.Issuers[g.Issuer].Type == "" {
-			t.Errorf("lease %s: issuer %s is not of the example", g.Lease, g.Issuer)
+			t.Errorf("%s: lease %s: issuer %s is not of the example", file, g.Lease, g.Issuer)
 		}
 	}
 	for name, section := range c.Issuers {
 		if !used[name] && section.Type != "oidc" {
-			t.Errorf("issuer %s: no lease is of it", name)
+			t.Errorf("%s: issuer %s: no lease is of it", file, name)
 		}
 	}
 }

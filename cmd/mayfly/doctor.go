@@ -14,6 +14,7 @@ import (
 	"github.com/rs/zerolog"
 	"golang.org/x/sys/unix"
 
+	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/providers"
 	"github.com/mayfly-ci/mayfly/runner/gitcache"
 	"github.com/mayfly-ci/mayfly/runner/policy"
@@ -114,17 +115,7 @@ func (w *wiring) examine() []finding {
 		fs = append(fs, examineImages(ctx, name, w.agent.Runtimes[name])...)
 	}
 	for _, name := range slices.Sorted(maps.Keys(w.agent.Issuers)) {
-		ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
-		leases, err := w.agent.Issuers[name].List(ctx)
-		cancel()
-		f := finding{"issuer " + name, "reachable", stateOK, fmt.Sprintf("%d leases of this installation live now", len(leases))}
-		switch {
-		case errors.Is(err, errors.ErrUnsupported):
-			f.Detail = "cannot list its leases: the reaper does not cover it"
-		case err != nil:
-			f.State, f.Detail = stateMissing, err.Error()
-		}
-		fs = slices.Concat(fs, []finding{f}, examineStatic(name, w.agent.Issuers[name]), examineSSH(name, w.agent.Issuers[name]))
+		fs = slices.Concat(fs, []finding{examineIssuer(ctx, name, w.agent.Issuers[name])}, examineStatic(name, w.agent.Issuers[name]), examineSSH(name, w.agent.Issuers[name]))
 	}
 	for _, name := range slices.Sorted(maps.Keys(w.agent.Providers)) {
 		fs = append(fs, examineProvider(ctx, name, w.agent.Providers[name]))
@@ -133,6 +124,25 @@ func (w *wiring) examine() []finding {
 	fs = append(fs, w.examineOutbound(ctx)...)
 	fs = append(fs, finding{"policy", w.policyFile, stateOK, w.agent.Policy.Digest()})
 	return slices.Concat(fs, examineGateway(), w.examineLearning(), w.examineState(), w.examineSlots(), w.examineWarm(), w.examineMonitor(), w.examineGit(ctx))
+}
+
+// examineIssuer lists leases, and asks an issuer that cannot for what it can say
+// without minting one.
+func examineIssuer(ctx context.Context, name string, i creds.Issuer) finding {
+	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
+	defer cancel()
+	leases, err := i.List(ctx)
+	f := finding{"issuer " + name, "reachable", stateOK, fmt.Sprintf("%d leases of this installation live now", len(leases))}
+	if errors.Is(err, errors.ErrUnsupported) {
+		f.Detail, err = "cannot list its leases: the reaper does not cover it", nil
+		if c, ok := i.(interface{ Check(context.Context) error }); ok {
+			err = c.Check(ctx)
+		}
+	}
+	if err != nil {
+		f.State, f.Detail = stateMissing, err.Error()
+	}
+	return f
 }
 
 // examineGateway says whose certificates jobs see and whose the gateway believes.

@@ -70,6 +70,8 @@ func (w *wiring) issuer(name string, section configs.Section) (issuer closingIss
 		issuer = made
 	case "vault":
 		issuer, err = w.vault(name, section)
+	case "aws":
+		issuer, err = w.aws(name, section)
 	case "gitea":
 		issuer, err = w.giteaTokens(name, section)
 	case "oauth2":
@@ -79,7 +81,7 @@ func (w *wiring) issuer(name string, section configs.Section) (issuer closingIss
 	case "static":
 		issuer, err = w.staticSecret(name, section)
 	default:
-		return nil, section.Errorf("type", "issuer %q: this agent has gitea, oauth2, postgres, ssh, static and vault, and oidc for its identity", section.Type)
+		return nil, section.Errorf("type", "issuer %q: this agent has aws, gitea, oauth2, postgres, ssh, static and vault, and oidc for its identity", section.Type)
 	}
 	if err != nil {
 		return nil, section.Errorf("", "%w", err)
@@ -103,22 +105,33 @@ func (w *wiring) vault(name string, section configs.Section) (*vault.Issuer, err
 	if err := section.Decode(&own); err != nil {
 		return nil, err
 	}
-	if w.identity == nil {
-		return nil, errors.New("no identity to log in with: the configuration needs an issuer of type oidc too")
-	}
-	audience := own.Audience
-	if audience == "" {
-		audience = own.Address
+	mint, err := w.identityFor(own.Audience, own.Address)
+	if err != nil {
+		return nil, err
 	}
 	return vault.New(vault.Config{
 		Address: own.Address, JobAddress: own.JobAddress, Namespace: own.Namespace, CAFile: section.Path(own.CAFile), Insecure: own.Insecure,
 		Mount: own.Mount, Role: own.Role, AgentRole: own.AgentRole, Owner: w.state.Owner,
 		Out: w.out.For("issuer " + name).HTTP,
 		Sign: func(_ context.Context, s creds.Subject, lease string) (vault.Identity, error) {
-			t, err := w.identity.Mint(s, audience, map[string]string{"lease": lease})
+			t, err := mint(s, lease)
 			return vault.Identity{Token: t.Value, ID: t.ID}, err
 		},
 	})
+}
+
+// identityFor signs who asks for a lease. fallback is the audience if none is
+// written.
+func (w *wiring) identityFor(audience, fallback string) (func(s creds.Subject, lease string) (oidc.Token, error), error) {
+	if w.identity == nil {
+		return nil, errors.New("no identity to log in with: the configuration needs an issuer of type oidc too")
+	}
+	if audience == "" {
+		audience = fallback
+	}
+	return func(s creds.Subject, lease string) (oidc.Token, error) {
+		return w.identity.Mint(s, audience, map[string]string{"lease": lease})
+	}, nil
 }
 
 func (w *wiring) identityOf(name string, section configs.Section) (*oidc.Issuer, error) {

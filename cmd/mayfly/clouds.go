@@ -1,0 +1,55 @@
+package main
+
+import (
+	"context"
+	"time"
+
+	"github.com/mayfly-ci/mayfly/configs"
+	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/creds/aws"
+)
+
+// audienceAWS is the one that AWS's own tools ask for.
+const audienceAWS = "sts.amazonaws.com"
+
+// aws shows the STS the agent's identity.
+func (w *wiring) aws(name string, section configs.Section) (*aws.Issuer, error) {
+	var own struct {
+		Service       string        `yaml:"service"`
+		Endpoint      string        `yaml:"endpoint"`
+		JobEndpoint   string        `yaml:"job_endpoint"`
+		Region        string        `yaml:"region"`
+		Role          string        `yaml:"role,required"`
+		CAFile        string        `yaml:"ca_file"`
+		Insecure      bool          `yaml:"insecure"`
+		MaxSession    time.Duration `yaml:"max_session"`
+		Audience      string        `yaml:"audience"`
+		RevokerKey    string        `yaml:"revoker_key"`
+		RevokerSecret string        `yaml:"revoker_secret_file"`
+	}
+	if err := section.Decode(&own); err != nil {
+		return nil, err
+	}
+	mint, err := w.identityFor(own.Audience, audienceAWS)
+	if err != nil {
+		return nil, err
+	}
+	return aws.New(aws.Config{
+		Service: own.Service, Endpoint: own.Endpoint, JobEndpoint: own.JobEndpoint, Region: own.Region, Role: own.Role,
+		CAFile: section.Path(own.CAFile), Insecure: own.Insecure, MaxSession: own.MaxSession,
+		RevokerKey: own.RevokerKey, RevokerSecret: secretFile(section, own.RevokerSecret),
+		Sign: func(_ context.Context, s creds.Subject, lease string) (aws.Identity, error) {
+			t, err := mint(s, lease)
+			return aws.Identity{Token: t.Value, ID: t.ID}, err
+		},
+	})
+}
+
+// secretFile reads a file anew at each use, so that a secret can be replaced while
+// the agent runs. No file is nil.
+func secretFile(section configs.Section, path string) func() (creds.Secret, error) {
+	if path == "" {
+		return nil
+	}
+	return func() (creds.Secret, error) { return configs.ReadSecret(section.Path(path)) }
+}
