@@ -200,7 +200,7 @@ func checkProbeDead(ctx context.Context, h Harness) error {
 		if err := h.Issuer.Revoke(ctx, name, l.Handle); err != nil {
 			return fmt.Errorf("Revoke: %w", err)
 		}
-		return probed(h.Issuer.Probe(ctx, name, l.Handle))
+		return probed(h.proof(ctx, name, l.Handle))
 	})
 }
 
@@ -212,7 +212,7 @@ func checkProbeByName(ctx context.Context, h Harness) error {
 		if err := h.Issuer.Revoke(ctx, name, l.Handle); err != nil {
 			return fmt.Errorf("Revoke: %w", err)
 		}
-		with, err := h.Issuer.Probe(ctx, name, l.Handle)
+		with, err := h.proof(ctx, name, l.Handle)
 		if err != nil || l.Handle == nil {
 			return err
 		}

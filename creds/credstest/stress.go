@@ -205,7 +205,7 @@ func checkConcurrent(ctx context.Context, h Harness) error {
 				if err := h.refused(ctx, l); err != nil {
 					return err
 				}
-				return probed(h.Issuer.Probe(ctx, name, l.Handle))
+				return probed(h.proof(ctx, name, l.Handle))
 			})
 		})
 	}

@@ -25,6 +25,14 @@ type Harness struct {
 	Scope     json.RawMessage   // of a grant that works
 	BadScopes []json.RawMessage // each to be refused; an unknown key is tried in any case
 
+	// Lasts is how long grants are; 0 is ten minutes. For providers that give
+	// nothing shorter.
+	Lasts time.Duration
+
+	// Lag is how long the provider may go on accepting what was revoked: the agent
+	// probes again until then. 0 is not at all.
+	Lag time.Duration
+
 	// Use really uses the lease, as a job would: nil if the provider accepts it.
 	Use func(ctx context.Context, l creds.Lease) error
 
@@ -83,12 +91,16 @@ func newName() string {
 }
 
 func (h Harness) grant() creds.Grant {
+	lasts := h.Lasts
+	if lasts == 0 {
+		lasts = 10 * time.Minute
+	}
 	return creds.Grant{
 		Subject: creds.Subject{
 			Provider: "local", Repository: "o/it's \"röd\"; drop", Ref: "refs/heads/main", SHA: strings.Repeat("a", 40),
 			Workflow: "ci", Event: "push", Job: "mf-1", Step: "s",
 		},
-		Scope: h.Scope, Expires: time.Now().Add(10 * time.Minute),
+		Scope: h.Scope, Expires: time.Now().Add(lasts),
 	}
 }
 
@@ -139,10 +151,32 @@ func wrap(what string, err error) error {
 
 // refused says whether the provider refuses the lease.
 func (h Harness) refused(ctx context.Context, l creds.Lease) error {
-	if h.Use(ctx, l) == nil {
-		return errors.New("the provider still accepts the lease")
+	return h.settled(func() error {
+		if h.Use(ctx, l) == nil {
+			return fmt.Errorf("use: %w", creds.ErrStillValid)
+		}
+		return nil
+	})
+}
+
+// proof probes as the agent does: again while the lease is still valid.
+func (h Harness) proof(ctx context.Context, name string, handle []byte) (p creds.Proof, err error) {
+	err = h.settled(func() error {
+		p, err = h.Issuer.Probe(ctx, name, handle)
+		return err
+	})
+	return p, err
+}
+
+// settled tries again for as long as the provider lags behind.
+func (h Harness) settled(try func() error) error {
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for end := time.Now().Add(h.Lag); ; <-tick.C {
+		if err := try(); !errors.Is(err, creds.ErrStillValid) || time.Now().After(end) {
+			return err
+		}
 	}
-	return nil
 }
 
 // probed tells a proof from the lack of one.
