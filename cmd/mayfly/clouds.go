@@ -7,6 +7,7 @@ import (
 	"github.com/mayfly-ci/mayfly/configs"
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/creds/aws"
+	"github.com/mayfly-ci/mayfly/creds/kubernetes"
 )
 
 // audienceAWS is the one that AWS's own tools ask for.
@@ -42,6 +43,25 @@ func (w *wiring) aws(name string, section configs.Section) (*aws.Issuer, error) 
 			t, err := mint(s, lease)
 			return aws.Identity{Token: t.Value, ID: t.ID}, err
 		},
+	})
+}
+
+// kubernetes asks an API server with the agent's own account there.
+func (w *wiring) kubernetes(section configs.Section) (*kubernetes.Issuer, error) {
+	var own struct {
+		Address    string `yaml:"address,required"`
+		JobAddress string `yaml:"job_address"`
+		CAFile     string `yaml:"ca_file"`
+		Namespace  string `yaml:"namespace,required"`
+		Account    string `yaml:"service_account"`
+		Token      string `yaml:"token_file,required"`
+	}
+	if err := section.Decode(&own); err != nil {
+		return nil, err
+	}
+	return kubernetes.New(kubernetes.Config{
+		Address: own.Address, JobAddress: own.JobAddress, CAFile: section.Path(own.CAFile), Namespace: own.Namespace, Account: own.Account,
+		Token: secretFile(section, own.Token), Owner: w.state.Owner,
 	})
 }
 

@@ -74,6 +74,8 @@ func (w *wiring) issuer(name string, section configs.Section) (issuer closingIss
 		issuer, err = w.aws(name, section)
 	case "gitea":
 		issuer, err = w.giteaTokens(name, section)
+	case "kubernetes":
+		issuer, err = w.kubernetes(section)
 	case "oauth2":
 		issuer, err = w.oauth2(name, section)
 	case "ssh":
@@ -81,7 +83,7 @@ func (w *wiring) issuer(name string, section configs.Section) (issuer closingIss
 	case "static":
 		issuer, err = w.staticSecret(name, section)
 	default:
-		return nil, section.Errorf("type", "issuer %q: this agent has aws, gitea, oauth2, postgres, ssh, static and vault, and oidc for its identity", section.Type)
+		return nil, section.Errorf("type", "issuer %q: this agent has aws, gitea, kubernetes, oauth2, postgres, ssh, static and vault, and oidc for its identity", section.Type)
 	}
 	if err != nil {
 		return nil, section.Errorf("", "%w", err)
