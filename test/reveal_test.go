@@ -12,6 +12,7 @@ var revealers = map[string]string{
 	"creds/aws/issue.go (*Issuer).assume":                "the job's identity leaves for the STS, over TLS",
 	"creds/aws/revoke.go (*Issuer).revoker":              "the access key signs the policy that ends a session, and does not leave",
 	"creds/gitea/client.go (*Issuer).asBot":                      "the bot's password leaves for the server that it is of, over TLS",
+	"creds/githubapp/client.go (*Issuer).key":            "the App's private key signs who it is, and does not leave",
 	"creds/kubernetes/client.go (*Issuer).asAgent":       "the agent's own token leaves for the API server, over TLS",
 	"creds/mask/encodings.go needlesOf":                          "the mask must know what to hide",
 	"creds/mask/encodings.go needlesOf":                  "the mask must know what to hide",
