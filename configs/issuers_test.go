@@ -11,7 +11,7 @@ import (
 // one. What the sections say, cmd/mayfly reads.
 func TestExampleIssuers(t *testing.T) {
 	t.Parallel()
-	for _, file := range []string{"agent-issuers.yaml", "agent-vault.yaml", "agent-aws.yaml", "agent-kubernetes.yaml"} {
+	for _, file := range []string{"agent-issuers.yaml", "agent-vault.yaml", "agent-aws.yaml", "agent-githubapp.yaml", "agent-kubernetes.yaml"} {
 		exampleIssuers(t, file)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"github.com/mayfly-ci/mayfly/configs"
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/creds/aws"
+	"github.com/mayfly-ci/mayfly/creds/githubapp"
 	"github.com/mayfly-ci/mayfly/creds/kubernetes"
 )
 
@@ -62,6 +63,23 @@ func (w *wiring) kubernetes(section configs.Section) (*kubernetes.Issuer, error)
 	return kubernetes.New(kubernetes.Config{
 		Address: own.Address, JobAddress: own.JobAddress, CAFile: section.Path(own.CAFile), Namespace: own.Namespace, Account: own.Account,
 		Token: secretFile(section, own.Token), Owner: w.state.Owner,
+	})
+}
+
+// githubApp is a GitHub App, with its private key.
+func githubApp(section configs.Section) (*githubapp.Issuer, error) {
+	var own struct {
+		Address      string `yaml:"address"`
+		CAFile       string `yaml:"ca_file"`
+		App          string `yaml:"app,required"`
+		Installation int64  `yaml:"installation,required"`
+		Key          string `yaml:"private_key_file,required"`
+	}
+	if err := section.Decode(&own); err != nil {
+		return nil, err
+	}
+	return githubapp.New(githubapp.Config{
+		Address: own.Address, CAFile: section.Path(own.CAFile), App: own.App, Installation: own.Installation, Key: secretFile(section, own.Key),
 	})
 }
 

@@ -76,6 +76,8 @@ func (w *wiring) issuer(name string, section configs.Section) (issuer closingIss
 		issuer, err = w.giteaTokens(name, section)
 	case "kubernetes":
 		issuer, err = w.kubernetes(section)
+	case "githubapp":
+		issuer, err = w.githubApp(section)
 	case "oauth2":
 		issuer, err = w.oauth2(name, section)
 	case "ssh":
@@ -83,7 +85,7 @@ func (w *wiring) issuer(name string, section configs.Section) (issuer closingIss
 	case "static":
 		issuer, err = w.staticSecret(name, section)
 	default:
-		return nil, section.Errorf("type", "issuer %q: this agent has aws, gitea, kubernetes, oauth2, postgres, ssh, static and vault, and oidc for its identity", section.Type)
+		return nil, section.Errorf("type", "issuer %q: this agent has aws, gitea, githubapp, kubernetes, oauth2, postgres, ssh, static and vault, and oidc for its identity", section.Type)
 	}
 	if err != nil {
 		return nil, section.Errorf("", "%w", err)
