@@ -201,14 +201,18 @@ func (s *Server) start(ctx context.Context) error {
 	return s.ready(ctx)
 }
 
-// ready waits until root can list the buckets and the STS knows its issuer.
+// ready waits until root can list the buckets, and until the server knows whom it
+// does not know: it loads its sessions after it begins to serve.
 func (s *Server) ready(ctx context.Context) error {
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
 	for {
 		status, _, err := s.Do(ctx, Root(), http.MethodGet, "/", "")
 		if err == nil && status == http.StatusOK {
-			return nil
+			nobody := aws.Credentials{AccessKeyID: "NOBODYISNOBODYIS", SecretAccessKey: "nobody"}
+			if status, _, err = s.Do(ctx, nobody, http.MethodGet, "/", ""); err == nil && status == http.StatusForbidden {
+				return nil
+			}
 		}
 		select {
 		case <-s.done:
