@@ -77,7 +77,7 @@ func (w *wiring) issuer(name string, section configs.Section) (issuer closingIss
 	case "kubernetes":
 		issuer, err = w.kubernetes(section)
 	case "githubapp":
-		issuer, err = w.githubApp(section)
+		issuer, err = githubApp(section)
 	case "oauth2":
 		issuer, err = w.oauth2(name, section)
 	case "ssh":
