@@ -59,13 +59,6 @@ type call struct {
 }
 
 func main() {
-	if len(os.Args) == 2 && os.Args[1] == containerd.AskArg { // a child of the agent's
-		if err := containerd.Ask(os.Stdin, os.Stdout); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(exitOwed)
-		}
-		return
-	}
 	os.Exit(mainExit(os.Args[1:], os.Stdout, os.Stderr))
 }
 
@@ -80,6 +73,13 @@ func mainExit(args []string, stdout, stderr io.Writer) int {
 			return 0
 		}
 		args = []string{args[1], "--help"}
+	}
+	if args[0] == containerd.AskArg { // a child of the agent's
+		if err := containerd.Ask(os.Stdin, stdout); err != nil {
+			fmt.Fprintln(stderr, "mayfly:", err)
+			return exitOwed
+		}
+		return 0
 	}
 	for _, c := range commands() {
 		if c.name != args[0] {

@@ -137,6 +137,7 @@ func (r *Runtime) child(ctx context.Context, o order, lock *os.File) (answer, er
 	var out, complaints bytes.Buffer
 	cmd := exec.Command(r.cfg.Ask[0], r.cfg.Ask[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(in), &out, &complaints
+	cmd.Args[0] = os.Args[0] // what it is called by
 	cmd.ExtraFiles = []*os.File{lock}
 	cmd.Env, cmd.Dir = []string{}, "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // what is sent to our group is not for it
