@@ -53,7 +53,12 @@ func (c *Cache) repack(ctx context.Context, e *entry) error {
 		return err
 	}
 	defer secret.Close()
-	g := git{program: c.git, dir: c.path(e, "view", "repository.git"), files: []*os.File{secret, lock}}
+	way, err := inMemory("git-way", nil) // it speaks to nobody, and its configuration names the file
+	if err != nil {
+		return err
+	}
+	defer way.Close()
+	g := git{program: c.git, dir: c.path(e, "view", "repository.git"), files: []*os.File{secret, lock, way}}
 	if c.root {
 		g.user = e.user()
 	}

@@ -268,8 +268,12 @@ func (p *Process) trees(mounts []sandbox.Mount, remapped bool) (fds []int, err e
 }
 
 // Mount implements sandbox.Mounter. The guest idles: nothing of a job is in the
-// box that could be in the way.
+// box that could be in the way. What is mounted there the kernel of a gVisor box
+// does not see.
 func (b *Box) Mount(_ context.Context, mounts []sandbox.Mount) error {
+	if b.Kernel != nil {
+		return fmt.Errorf("mounts in a box that is there: %w", sandbox.ErrUnsupported)
+	}
 	if len(mounts) == 0 {
 		return nil
 	}

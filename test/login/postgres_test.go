@@ -179,6 +179,7 @@ func (w *watermark) Write(b []byte) (int, error) {
 }
 
 func (w *watermark) look() {
+	runtime.GC() // what is held, and not what lies about
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	w.peak = max(w.peak, m.HeapAlloc)

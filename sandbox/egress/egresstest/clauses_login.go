@@ -124,6 +124,9 @@ func sshNarrow(b *bench) error {
 	if got, err := run(other, "upload '/acme/app.git'", ""); err != nil || strings.Contains(got.out, "ran") {
 		return fmt.Errorf("another user: got %+v %v", got, err)
 	}
+	if err := j.close("job-1"); err != nil { // the lines are written when it returns
+		return err
+	}
 	if n := j.ledger.count(is(egress.Allowed)); n != 0 {
 		return fmt.Errorf("got %d lines of what was allowed", n)
 	}
@@ -360,6 +363,9 @@ func pgNarrow(b *bench) error {
 		if !errors.As(err, &refusal) || refusal.Code != "28000" {
 			return fmt.Errorf("%v: got %v, want it refused", c, err)
 		}
+	}
+	if err := j.close("job-1"); err != nil { // the lines are written when it returns
+		return err
 	}
 	if n := j.ledger.count(is(egress.Refused)); n != 7 {
 		return fmt.Errorf("got %d lines of what was refused, want 7", n)
