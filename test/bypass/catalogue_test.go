@@ -1,0 +1,46 @@
+package bypass
+
+// An entry is a row of the catalogue of ways around an egress filter.
+type entry struct {
+	row   string
+	what  string
+	stops string   // what does
+	tests []string // of other packages that judge it as well, or alone: directory and function
+}
+
+func catalogue() []entry {
+	return []entry{
+		{"B1", "unset the proxy, direct TCP", "there is no other route", []string{"test/isolation TestNetworkOfTheHost", "test/isolation TestNetworkAfterAttach"}},
+		{"B2", "other ports", "the port is part of a rule", nil},
+		{"B3", "TLS to an address, or without a server name", "names alone are carried, and the server name is the rule's", nil},
+		{"B4", "DNS tunnels by way of the resolver", "the resolver asks nobody", nil},
+		{"B5", "DNS over TCP, several messages, odd ones", "there is no way for DNS, and one question is answered", nil},
+		{"B6", "DoH, DoT, DoQ, at an allowed host too", "the names are not allowed, and requests that resolve are refused", nil},
+		{"B7", "UDP by every call, QUIC", "UDP goes nowhere", []string{"sandbox/egress/gateway TestOtherProtocols"}},
+		{"B8", "ICMP, raw and packet sockets, SCTP, MPTCP", "no right to make them, and no route", []string{"test/isolation TestSocketFamilies", "sandbox/egress/gateway TestOtherProtocols"}},
+		{"B9", "IPv6, IPv4 in IPv6, numbers that are addresses", "no route, and no name ends in a number", nil},
+		{"B10", "another host at a shared address", "addresses are not opened, each connection is for a name", nil},
+		{"B11", "an allowed server name at the attacker's address", "the gateway resolves and dials itself, and verifies the certificate", []string{"sandbox/egress/egresstest TestGateway"}},
+		{"B12", "domain fronting, CONNECT", "name = server name = host, of each request", []string{"test/https TestPrograms"}},
+		{"B13", "encrypted ClientHello", "it is refused, and no keys for it are handed out", nil},
+		{"B14", "reuse of connections, h2c, upgrades", "each request is judged", []string{"sandbox/egress/gateway TestStreams"}},
+		{"B15", "request smuggling", "one parser, which writes requests anew", []string{"sandbox/egress/gateway TestOneFraming", "sandbox/egress/gateway TestTerminatedFraming", "sandbox/egress/gateway TestFrames"}},
+		{"B16", "names that are read in two ways: NUL, dots, case, IDN", "one strict form before any comparison", []string{"sandbox/egress/gateway TestCanonical"}},
+		{"B17", "redirects", "they are the client's to follow, and judged as any request", []string{"test/https TestPrograms"}},
+		{"B18", "DNS rebinding, names of private addresses", "resolved once, judged, and dialled as judged", []string{"sandbox/egress/egresstest TestGateway"}},
+		{"B19", "cloud metadata", "a list that no rule opens", []string{"test/isolation TestNetworkOfTheHost", "sandbox/egress/gateway TestAddressClasses"}},
+		{"B20", "an allowed host with many tenants", "rules of methods and paths", []string{"sandbox/egress/gateway TestMatches"}},
+		{"B21", "the attacker's own token at an allowed host", "a credential that the broker did not issue is stripped or refused", []string{"sandbox/egress/gateway TestInjection", "test/broker TestGit"}},
+		{"B22", "registries, caches and mirrors as a way out", "rules of methods, and paths that are read in one way", nil},
+		{"B23", "container engines' sockets, sibling containers", "no socket of the host is in a box", []string{"test/isolation TestUnixSocketsOfTheHost"}},
+		{"B24", "flushed rules, new namespaces", "neither right nor call", []string{"test/isolation TestKernel", "test/isolation TestSocketFamilies"}},
+		{"B25", "marks of packets, foreign source addresses", "nothing goes by them, and no right to set them", nil},
+		{"B26", "a policy that the change brings along", "the policy is the agent's; a repository narrows it", []string{"runner/policy TestNeverWiden", "runner/policy TestNarrow"}},
+		{"B27", "kill the gateway", "without it there is no network", []string{"sandbox/egress/egresstest TestGateway"}},
+		{"B28", "a weaker policy by an error, an empty list, a reload", "nothing allows nothing, unreadable refuses, and each box is probed", []string{"test/hostile TestPolicyThatIsNone", "runner/policy TestEmptyListsMatchNothing", "runner/policy TestZeroPolicyRefuses", "sandbox/wall TestWallThatDoesNotHold", "runner TestBoxThatLeaks"}},
+		{"B29", "a proxy inside the job", "who asks is told by the box, not by a header", nil},
+		{"B30", "sizes and timing as a channel, data in paths", "budgets; what is left is a risk that stays", []string{"sandbox/egress/gateway TestRate"}},
+		{"B31", "ssh and git at the port of https", "only a ClientHello or HTTP is carried where the rule says so", nil},
+		{"B32", "WebSocket and gRPC streams as tunnels", "a rule must say so, and its budgets count", []string{"sandbox/egress/gateway TestWebSocket"}},
+	}
+}
