@@ -127,7 +127,10 @@ func (c *canary) serve(conn net.Conn) {
 		if err != nil {
 			return
 		}
-		if request += string(p[:n]); !whole(request) {
+		if request += string(p[:n]); strings.HasPrefix(request, "SSH-") {
+			return
+		}
+		if !whole(request) {
 			continue
 		}
 		answer := "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n"

