@@ -183,6 +183,9 @@ func runPolicy(c *call) error {
 	if len(c.args) > 0 && c.args[0] == "suggest" {
 		return c.suggest()
 	}
+	if len(c.args) > 0 && c.args[0] == "test" {
+		return c.testPolicy()
+	}
 	var jobPath, policyPath, narrowPath string
 	o, err := c.flags("policy", 1, func(fs *flag.FlagSet) {
 		fs.StringVar(&jobPath, "job", "", "JSON file with the facts of a job: provider, repository, ref, event, trust, …")
@@ -193,16 +196,9 @@ func runPolicy(c *call) error {
 		return err
 	}
 	if len(o.args) != 1 || o.args[0] != "explain" || jobPath == "" {
-		return usageError("want: mayfly policy explain --job FILE [--policy FILE], or mayfly policy suggest JOB")
+		return usageError("want: mayfly policy explain --job FILE [--policy FILE], mayfly policy test FILE, or mayfly policy suggest JOB")
 	}
-	if policyPath == "" {
-		cfg, err := configs.Load(o.config)
-		if err != nil {
-			return exitError{exitUsage, err}
-		}
-		policyPath = cfg.Policy
-	}
-	rules, err := readPolicy(policyPath)
+	rules, err := policyOf(o, policyPath)
 	if err != nil {
 		return exitError{exitUsage, err}
 	}

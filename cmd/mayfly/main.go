@@ -36,7 +36,7 @@ func commands() []command {
 		{"exec", "[FILE] [--job ID] [--event NAME] [--policy FILE] [--config FILE] [--state DIR] [--verbose]", "run a workflow file of this repository through the same life", runExec},
 		{"doctor", "[--config FILE]", "say what this machine enforces, and what it does not", runDoctor},
 		{"config", "check FILE", "read a configuration and all that it names", runConfig},
-		{"policy", "explain --job FILE [--policy FILE] | suggest JOB [--config FILE]", "say which rule grants what to a job, and why; or make rules of what a job did", runPolicy},
+		{"policy", "explain --job FILE [--policy FILE] | test FILE [--policy FILE] | suggest JOB [--config FILE]", "say which rule grants what to a job, and why; try a file of cases; or make rules of what a job did", runPolicy},
 		{"jobs", "[--config FILE]", "list the jobs that still owe something", runJobs},
 		{"job", "ID [--config FILE]", "the life of one job, from the record: facts, leases and receipts, what it reached", runJob},
 		{"logs", "ID [--config FILE]", "what a job printed, if this machine has it", runLogs},
