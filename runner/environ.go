@@ -144,7 +144,7 @@ func (s *steps) issueOne(ctx context.Context, l policy.Lease) error {
 	grant := creds.Grant{Subject: subject, Scope: l.Scope, Expires: earlier(time.Now().Add(l.TTL), s.deadline)}
 	name := leaseName(s.log.Job, l)
 	if err := s.audit(ctx, s.log.Job, "lease.request", name, nil, "issuer", l.Issuer, "step", l.Step,
-		"rule", s.plan.Rule, "scope", string(l.Scope), "expires", stamp(grant.Expires)); err != nil {
+		"rule", s.plan.Rule, "scope", string(l.Scope), "delivery", l.Delivery(), "expires", stamp(grant.Expires)); err != nil {
 		return err
 	}
 	lease, err := hold(ctx, s.life, name, func(ctx context.Context) (creds.Lease, grip, error) {

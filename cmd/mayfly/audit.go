@@ -15,7 +15,7 @@ import (
 
 func runAudit(c *call) error {
 	var job, action, expect string
-	o, err := c.flags("audit", 1, func(fs *flag.FlagSet) {
+	o, err := c.flags("audit", 2, func(fs *flag.FlagSet) {
 		fs.StringVar(&job, "job", "", "only the events of this job")
 		fs.StringVar(&action, "action", "", "only this action, or with a dot at its end all of its kind: lease.")
 		fs.StringVar(&expect, "expect", "", "a head that was printed before: the record must still contain it")
@@ -23,8 +23,8 @@ func runAudit(c *call) error {
 	if err != nil {
 		return err
 	}
-	if len(o.args) != 1 {
-		return usageError("want: mayfly audit show | verify")
+	if words := len(o.args); words == 0 || (words == 2) != (o.args[0] == "explain") {
+		return usageError("want: mayfly audit show | verify | explain CREDENTIAL|JOB")
 	}
 	cfg, err := configs.Load(o.config)
 	if err != nil {
@@ -36,8 +36,10 @@ func runAudit(c *call) error {
 		return c.showAudit(o, dir, audit.Filter{Job: job, Action: action})
 	case "verify":
 		return c.verifyAudit(o, dir, expect)
+	case "explain":
+		return c.explainAudit(o, dir, expect, o.args[1])
 	}
-	return usageError("mayfly audit %s: want show or verify", o.args[0])
+	return usageError("mayfly audit %s: want show, verify or explain", o.args[0])
 }
 
 func (c *call) showAudit(o *options, dir string, only audit.Filter) error {
@@ -58,20 +60,29 @@ func (c *call) showAudit(o *options, dir string, only audit.Filter) error {
 }
 
 func (c *call) verifyAudit(o *options, dir, expect string) error {
+	s, err := verified(dir, expect)
+	if err != nil {
+		return err
+	}
+	text := fmt.Sprintf("good: %d events in an unbroken chain\nhead %s (keep it elsewhere: --expect HEAD shows later that nothing was cut off)\n", s.Events, s.Head)
+	return c.print(o, s, text)
+}
+
+// verified checks the whole chain.
+func verified(dir, expect string) (audit.Summary, error) {
 	var heads []audit.Head
 	if expect != "" {
 		h, err := audit.ParseHead(expect)
 		if err != nil {
-			return exitError{exitUsage, err}
+			return audit.Summary{}, exitError{exitUsage, err}
 		}
 		heads = append(heads, h)
 	}
 	s, err := audit.Verify(dir, heads...)
 	if err != nil {
-		return tampered(err)
+		return s, tampered(err)
 	}
-	text := fmt.Sprintf("good: %d events in an unbroken chain\nhead %s (keep it elsewhere: --expect HEAD shows later that nothing was cut off)\n", s.Events, s.Head)
-	return c.print(o, s, text)
+	return s, nil
 }
 
 // tampered makes the answer no of a record that was changed.

@@ -46,7 +46,7 @@ func commands() []command {
 		{"image", "pull NAME | import FILE [--name NAME] | list | prune | remove NAME [--runtime NAME] [--config FILE]", "the images that the agent keeps itself; an import needs no registry", runImage},
 		{"oidc", "export DIR [--config FILE]", "write what verifies the agent's identity, for a web server", runOIDC},
 		{"seal", "ISSUER FILE [--config FILE]", "write a secret from the standard input so that only this installation can read it", runSeal},
-		{"audit", "show | verify [--job ID] [--action NAME] [--expect HEAD] [--config FILE]", "read the record, or check that nobody changed it", runAudit},
+		{"audit", "show | verify | explain CREDENTIAL|JOB [--job ID] [--action NAME] [--expect HEAD] [--config FILE]", "read the record, check that nobody changed it, or follow credentials from mint to receipt", runAudit},
 		{"version", "", "print the version", runVersion},
 	}
 }
