@@ -323,6 +323,9 @@ func (a *agent) search(t *testing.T, words ...string) {
 		if err != nil || !d.Type().IsRegular() || strings.HasPrefix(path, filepath.Join(a.dir, "spool")) {
 			return err
 		}
+		if strings.HasPrefix(d.Name(), "disk-") { // what boxes begin with: gigabytes of holes, older than the token
+			return nil
+		}
 		b, err := os.ReadFile(path)
 		for i, w := range words {
 			if strings.Contains(string(b), w) {
