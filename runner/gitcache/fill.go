@@ -228,7 +228,7 @@ func (c *Cache) lockEntry(e *entry) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	err = flock(f)
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		err = errBusy
 	}
@@ -239,6 +239,23 @@ func (c *Cache) lockEntry(e *entry) (*os.File, error) {
 		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil
+}
+
+// lockPatience is how long a lock is waited for that a copy of a closed descriptor
+// may hold: in a child that has not executed its program yet, or in one that was
+// killed.
+const lockPatience = time.Second
+
+// flock locks a file, or returns EWOULDBLOCK if somebody keeps it locked.
+func flock(f *os.File) error {
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for end := time.Now().Add(lockPatience); ; <-tick.C {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(end) {
+			return err
+		}
+	}
 }
 
 // swept removes what a git that was killed leaves: packs that are not finished,

@@ -31,8 +31,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/mayfly-ci/mayfly/creds"
 )
 
@@ -204,7 +202,7 @@ func (c *Cache) take() error {
 	if c.lock, err = os.OpenFile(filepath.Join(c.cfg.Dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
 		return err
 	}
-	if err := unix.Flock(int(c.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := flock(c.lock); err != nil {
 		return errors.Join(fmt.Errorf("%s is in use by another agent: give each its own: %w", c.cfg.Dir, err), c.lock.Close())
 	}
 	found, err := os.ReadDir(c.cfg.Dir)

@@ -136,7 +136,7 @@ func (r *Runtime) forgetTask(ctx context.Context, name string) (gone bool, err e
 // another box's, is no other's.
 func (r *Runtime) settle(ctx context.Context, name string) (bool, error) {
 	_, err := r.ask(ctx, name, r.cfg.FirstID)
-	if away(err) || inTheWay(err) || ctx.Err() != nil {
+	if away(err) || inTheWay(err) || errors.Is(err, unix.EWOULDBLOCK) || ctx.Err() != nil {
 		return false, err
 	}
 	return true, nil // endTask removes what we were given; or nothing can be made here
