@@ -82,6 +82,10 @@ func abuses() map[string]abuse {
 	}
 }
 
+// ends reports an abuse that may take down a box with a kernel of its own: all of
+// its processes are few of the machine's (ADR 0016).
+func ends(name string) bool { return name == "memory hog" || name == "processes" }
+
 // Each abuse is made beside the job of a neighbour.
 func TestAbuse(t *testing.T) {
 	t.Parallel()
@@ -95,7 +99,14 @@ func TestAbuse(t *testing.T) {
 				if r := b.probe(t, a.honest...); !r.got() {
 					t.Errorf("%q: got %+v, want it to work", a.honest, r)
 				}
-				if r := b.probe(t, a.args...); !a.stopped(r) {
+				r, err := b.try(t, append([]string{"/run/mayfly/probe"}, a.args...)...)
+				if wall == sandbox.GVisor && ends(name) && errors.Is(err, sandbox.ErrDied) {
+					return // the box is what was stopped there, and the neighbour is looked at
+				}
+				if err != nil {
+					t.Fatalf("%q: %v: %s", a.args, err, r.out)
+				}
+				if !a.stopped(r) {
 					t.Errorf("%q with %+v: got %.500v, want it stopped there", a.args, a.limits, r)
 				}
 				if !strings.HasSuffix(name, "filler") { // the next step of a box that is not full
