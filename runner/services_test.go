@@ -2,6 +2,7 @@ package runner_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -37,6 +38,7 @@ type serving struct {
 	mu       *sync.Mutex
 	pulls    *[]sandbox.Pull
 	specs    map[string]sandbox.Spec
+	last     string // what the first service says when it ends
 }
 
 func (s serving) Pull(_ context.Context, p sandbox.Pull) (sandbox.Image, error) {
@@ -57,7 +59,26 @@ func (s serving) Create(ctx context.Context, name string, spec sandbox.Spec) (sa
 	s.mu.Lock()
 	s.specs[name[len("mf-")+16:]] = spec
 	s.mu.Unlock()
-	return s.worldRuntime.Create(ctx, name, spec)
+	box, err := s.worldRuntime.Create(ctx, name, spec)
+	if b, ok := box.(worldBox); ok && s.last != "" && strings.HasSuffix(name, "-s0") {
+		return lingering{b, s.last}, err
+	}
+	return box, err
+}
+
+// lingering is a box whose process has something to say when it is told to end.
+type lingering struct {
+	worldBox
+	last string
+}
+
+func (b lingering) Run(ctx context.Context, p sandbox.Process) (sandbox.Exit, error) {
+	exit, err := b.worldBox.Run(ctx, p)
+	if ctx.Err() != nil {
+		<-time.After(100 * time.Millisecond) // in which who does not wait goes on
+		err = errors.Join(err, p.Stdout(time.Now(), []byte(b.last)))
+	}
+	return exit, err
 }
 
 // served is what a job with services did.
@@ -94,7 +115,7 @@ func serveAnd(t *testing.T, attached func(string, egress.Opening), programs map[
 	var mu sync.Mutex
 	a := w.agent(func(c *runner.Config) {
 		c.Policy = rules
-		c.Runtimes["native"] = serving{worldRuntime{w.boxes, w}, programs, &mu, &out.pulls, out.specs}
+		c.Runtimes["native"] = serving{worldRuntime{w.boxes, w}, programs, &mu, &out.pulls, out.specs, programs["last words of db"]}
 		c.Gateway = remembering{(*worldGateway)(w), &mu, out.opened, attached}
 	})
 	ctx := lifetime(t)
@@ -335,5 +356,16 @@ func TestServicesEndWithTheJob(t *testing.T) {
 	}, container("db", "postgres:16", ""))
 	if r := late.result; r.Conclusion != providers.TimedOut || !strings.Contains(late.shown(), "::group::service db\nup\n") {
 		t.Errorf("too late: got %+v, log %q", r, late.shown())
+	}
+}
+
+// TestServiceLastWords: a service is waited for, so that what it says when it is
+// told to end is in the log.
+func TestServiceLastWords(t *testing.T) {
+	t.Parallel()
+	programs := map[string]string{"docker.io/library/postgres:16": "print up\nblock", "last words of db": "shut down\n"}
+	got := serve(t, programs, nil, container("db", "postgres:16", ""))
+	if r := got.result; r.Conclusion != providers.Success || !strings.Contains(got.shown(), "::group::service db\nup\nshut down\n") {
+		t.Errorf("got %+v, log %q, want the last words of the service", r, got.shown())
 	}
 }
