@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/mayfly-ci/mayfly/runner/audit"
@@ -47,8 +48,14 @@ func (c *call) explainAudit(o *options, dir, expect, name string) error {
 			all = append(all, &explained{Lease: e.Object, Job: job, Facts: facts, Request: e})
 		case e.Action == "lease.issue":
 			x.Issued = &e
-		case strings.HasPrefix(e.Action, "lease."), e.Action == "release.stuck":
+		case strings.HasPrefix(e.Action, "lease."):
 			x.Ends = append(x.Ends, e)
+		case e.Action == "release.stuck": // of the job: whatever was not seen dead until then
+			for _, x := range all {
+				if !x.ended() {
+					x.Ends = append(x.Ends, e)
+				}
+			}
 		case strings.HasPrefix(e.Action, "egress.") && e.Detail["lease"] != "":
 			used := of(func(x *explained) bool { return x.Lease == job+"-l-"+e.Detail["lease"] })
 			used.Uses = append(used.Uses, e)
@@ -108,6 +115,13 @@ func (x *explained) text() string {
 	return b.String()
 }
 
+// ended reports that the lease was seen dead, or that nobody can see it.
+func (x *explained) ended() bool {
+	return slices.ContainsFunc(x.Ends, func(e audit.Event) bool {
+		return e.Action == "lease.revoke" && e.Result == "ok" || e.Action == "lease.unprovable"
+	})
+}
+
 // ends says how sure it is that the lease is dead.
 func (x *explained) ends(line func(key, value string), at func(audit.Event) string) {
 	if len(x.Ends) == 0 {
@@ -119,7 +133,7 @@ func (x *explained) ends(line func(key, value string), at func(audit.Event) stri
 		case e.Action == "lease.unprovable":
 			line("unprovable", at(e)+" "+d["why"])
 		case e.Action == "release.stuck":
-			line("stuck", at(e)+" "+d["why"])
+			line("stuck", at(e)+" "+e.Result)
 		default:
 			line("revoked", at(e)+" "+e.Result)
 			line("probe", d["probe"])

@@ -1,0 +1,50 @@
+package main
+
+import (
+	"bytes"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/mayfly-ci/mayfly/runner/audit"
+)
+
+// TestExplainStuck: a lease that could not be revoked in time is said to be stuck,
+// with the reason, until it was seen dead; another of the same job is not.
+func TestExplainStuck(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	f, err := audit.OpenFile(dir, audit.FileOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range []audit.Event{
+		{Action: "lease.request", Object: "mf-a-l-good"},
+		{Action: "lease.request", Object: "mf-a-l-bad"},
+		{Action: "lease.revoke", Object: "mf-a-l-good", Result: "ok"},
+		{Action: "lease.revoke", Object: "mf-a-l-bad", Result: "dial: refused"},
+		{Action: "release.stuck", Object: "mf-a", Result: "mf-a-l-bad: dial: refused"},
+		{Action: "lease.revoke", Object: "mf-a-l-bad", Result: "ok"},
+	} {
+		e.Job, e.Time = "mf-a", time.Now()
+		if err := f.Append(t.Context(), e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for lease, want := range map[string]string{"mf-a-l-good": "revoked", "mf-a-l-bad": "revoked stuck revoked"} {
+		var out bytes.Buffer
+		c := &call{stdout: &out, stderr: &out}
+		if err := c.explainAudit(&options{output: "text"}, dir, "", lease); err != nil {
+			t.Fatal(err)
+		}
+		var ends []string
+		for line := range strings.Lines(out.String()) {
+			if w := strings.Fields(line); len(w) > 0 && (w[0] == "revoked" || w[0] == "stuck") {
+				ends = append(ends, w[0])
+			}
+		}
+		if got := strings.Join(ends, " "); got != want || strings.Contains(want, "stuck") && !strings.Contains(out.String(), "mf-a-l-bad: dial: refused") {
+			t.Errorf("%s: got %q, want %q: %s", lease, got, want, &out)
+		}
+	}
+}
