@@ -164,7 +164,7 @@ func (g *Gateway) judge(a netip.Addr, r egress.Rule, own func(netip.Addr) bool) 
 	}
 	what := g.table.private(a)
 	if what == "" && own(a) {
-		what = "address of this machine"
+		what = "local address of this machine"
 	}
 	if what != "" {
 		return fmt.Sprintf("%v, a %s; if that is meant, add resolve: [%v] to the rule", a, what, a)
