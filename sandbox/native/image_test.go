@@ -78,8 +78,8 @@ func TestImageLayers(t *testing.T) {
 	}
 	r, img := imported(t, imagetest.Of(t, layers...))
 	b := create(t, r, "box", sandbox.Spec{Image: img.Ref})
-	out, exit := script(t, b, "ls a b; ls c d 2>/dev/null; wc -c <count; cat a/link a/hard; cd /; ls a b; ls c d 2>/dev/null; wc -c <count; cat a/link a/hard")
-	if _, _, ok := strings.Cut(out, "a:\nhard\nkept\nlink\n\nb:\nnew\n128\n22"); !ok {
+	out, exit := script(t, b, "cd /; ls a b; ls c d 2>/dev/null; wc -c <count; cat a/link a/hard")
+	if out != "a:\nhard\nkept\nlink\n\nb:\nnew\n128\n22" {
 		t.Errorf("got %q %+v, want what the layers leave", out, exit)
 	}
 	if _, exit := script(t, b, "rm -r /a /b && mkdir /b && ! test -e /b/new && ! test -e /b/hidden"); exit.Code != 0 {

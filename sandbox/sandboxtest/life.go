@@ -123,8 +123,9 @@ func checkDaemons(ctx context.Context, h Harness) error {
 		if err := b.run(ctx, shell(daemons, mark)).succeeded(); err != nil {
 			return err
 		}
-		if n := b.running(ctx, mark); n < 2 {
-			return fmt.Errorf("processes of the box that can be seen: got %d, want two to know that the next look means something", n)
+		// One that has just begun has its parent's arguments, or none for a moment.
+		if err := eventually(ctx, 10*time.Second, "two processes of the box can be seen, so that the next look means something", func() bool { return b.running(ctx, mark) >= 2 }); err != nil {
+			return err
 		}
 		if err := h.Runtime.Destroy(ctx, b.name); err != nil {
 			return fmt.Errorf("Destroy: %w", err)
