@@ -29,7 +29,8 @@ func TestServicesAreNotKept(t *testing.T) {
 				worldRuntime{w.boxes, w},
 				map[string]string{"docker.io/library/postgres:16": "print up\nblock"},
 				&sync.Mutex{}, &[]sandbox.Pull{},
-				map[string]sandbox.Spec{}, "",
+				map[string]sandbox.Spec{},
+				"",
 			}
 		}))
 		j := job(providers.Step{Run: "exit 3"})
