@@ -98,7 +98,7 @@ func leftovers(t testing.TB, d *containerdtest.Daemon, state string) []string {
 func nothingLeft(t testing.TB, d *containerdtest.Daemon, state string) {
 	t.Helper()
 	var left []string
-	ctx, cancel := context.WithTimeout(enginetest.Bounded(t), 10*time.Second)
+	ctx, cancel := context.WithTimeout(enginetest.Bounded(t), time.Minute)
 	defer cancel()
 	// A parent of a container ends behind the daemon's answer.
 	if err := kernel.Poll(ctx, "nothing is left", func() (bool, error) {

@@ -92,7 +92,7 @@ func leftovers(t testing.TB, d *dockertest.Daemon, state string) []string {
 func nothingLeft(t testing.TB, d *dockertest.Daemon, state string) {
 	t.Helper()
 	var left []string
-	ctx, cancel := context.WithTimeout(enginetest.Bounded(t), 10*time.Second)
+	ctx, cancel := context.WithTimeout(enginetest.Bounded(t), time.Minute)
 	defer cancel()
 	// The daemon lets go of its mounts and of the parent of a container behind
 	// its answer.

@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/docker/docker/api/types/image"
@@ -207,20 +208,29 @@ func pullDigest(t *testing.T, p *pulling) {
 		t.Errorf("by id: got %+v, want %s", byID, got.Ref)
 	}
 	p.forget(t, exact)
-	// A registry that gives something else under that digest.
-	p.registry.Front(nil)
-	_, other := p.pushed(t, "team/app:3")
-	p.registry.Front(func(w http.ResponseWriter, req *http.Request, next http.Handler) {
-		req.URL.Path = strings.ReplaceAll(req.URL.Path, digest, other)
-		next.ServeHTTP(w, req)
-	})
-	if got, err := r.Pull(enginetest.Bounded(t), sandbox.Pull{Image: exact}); err == nil {
-		t.Errorf("another manifest under the digest: got %+v, want an error", got)
-	}
 	p.registry.Front(nil)
 	any := p.runtime(t, engine.Images{})
-	if _, err := any.Pull(enginetest.Bounded(t), sandbox.Pull{Image: repository + "@sha256:" + strings.Repeat("0", 64)}); !errors.Is(err, sandbox.ErrImage) {
+	absent := repository + "@" + digestNumber(1)
+	if _, err := any.Pull(enginetest.Bounded(t), sandbox.Pull{Image: absent}); !errors.Is(err, sandbox.ErrImage) {
 		t.Errorf("a digest that the registry does not have: got %v, want ErrImage", err)
+	}
+	// A registry that gives something else under a digest: one that nothing has,
+	// since an engine keeps manifests until it cares to collect them, and does not
+	// ask for those that it has.
+	_, other := p.pushed(t, "team/app:3")
+	var lies atomic.Int32
+	p.registry.Front(func(w http.ResponseWriter, req *http.Request, next http.Handler) {
+		if strings.Contains(req.URL.Path, digestNumber(1)) {
+			lies.Add(1)
+			req.URL.Path = strings.ReplaceAll(req.URL.Path, digestNumber(1), other)
+		}
+		next.ServeHTTP(w, req)
+	})
+	if got, err := any.Pull(enginetest.Bounded(t), sandbox.Pull{Image: absent}); !errors.Is(err, sandbox.ErrImage) || lies.Load() == 0 {
+		t.Errorf("another manifest under the digest: got %+v, %v after %d lies, want ErrImage and some", got, err, lies.Load())
+	}
+	if found, err := p.Engine().ImageInspect(enginetest.Bounded(t), absent); err == nil {
+		t.Errorf("another manifest under the digest: %s is there", found.ID)
 	}
 }
 
