@@ -351,7 +351,7 @@ func TestServicesEndWithTheJob(t *testing.T) {
 		t.Errorf("cancelled: got %+v, log %q", r, cancelled.shown())
 	}
 	late := serve(t, programs, func(_ *world, j *providers.Job) {
-		j.Timeout = time.Second
+		j.Timeout = 5 * time.Second // the service begins before that
 		j.Steps[0].Run = "block"
 	}, container("db", "postgres:16", ""))
 	if r := late.result; r.Conclusion != providers.TimedOut || !strings.Contains(late.shown(), "::group::service db\nup\n") {

@@ -114,7 +114,7 @@ func eventually(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
-	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); <-tick.C {
+	for end := time.Now().Add(2 * time.Minute); time.Now().Before(end); <-tick.C {
 		// Not ts.Exec, which puts every attempt into the log of the test.
 		cmd := exec.Command(args[1], args[2:]...)
 		cmd.Dir = ts.MkAbs(".")
@@ -127,7 +127,7 @@ func eventually(ts *testscript.TestScript, neg bool, args []string) {
 		}
 	}
 	ts.Check(ts.Exec(args[1], args[2:]...))
-	ts.Fatalf("got no line that matches %s in 30 s", args[0])
+	ts.Fatalf("got no line that matches %s in two minutes", args[0])
 }
 
 // nobody N ARGUMENT... runs mayfly as an ordinary user and wants the exit

@@ -176,7 +176,7 @@ func checkHeld(ctx context.Context, h Harness) error {
 				return errors.New("use in flight ended well, want it cut")
 			}
 			return nil
-		case <-time.After(patience):
+		case <-time.After(h.patience()):
 			return errors.New("use in flight goes on after Revoke")
 		}
 	})

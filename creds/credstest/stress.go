@@ -32,7 +32,7 @@ func checkCancelled(ctx context.Context, h Harness) error {
 		cancel(errors.New("test is over"))
 		other := newName()
 		for method, call := range h.methods(name, other, l) {
-			if err := inTime(method, func() error { return call(over) }); err != nil {
+			if err := h.inTime(method, func() error { return call(over) }); err != nil {
 				return err
 			}
 		}
@@ -58,7 +58,7 @@ func (h Harness) leftover(ctx context.Context, name string) error {
 
 // inTime wants an error, soon. A method that does not come back is left alone:
 // nobody can end it.
-func inTime(method string, call func() error) error {
+func (h Harness) inTime(method string, call func() error) error {
 	done := make(chan error, 1)
 	start := time.Now()
 	go func() { done <- call() }()
@@ -68,7 +68,7 @@ func inTime(method string, call func() error) error {
 			return fmt.Errorf("%s: got nil, want an error since its context ended", method)
 		}
 		return nil
-	case <-time.After(patience):
+	case <-time.After(h.patience()):
 		return fmt.Errorf("%s: still running after %v, want it back when its context ends", method, time.Since(start))
 	}
 }
@@ -83,7 +83,7 @@ func checkFrozen(ctx context.Context, h Harness) error {
 			calls := h.methods(name, other, l)
 			broken := make(chan error, len(calls))
 			for method, call := range calls {
-				go func() { broken <- inTime(method, func() error { return call(short) }) }()
+				go func() { broken <- h.inTime(method, func() error { return call(short) }) }()
 			}
 			var errs []error
 			for range calls {

@@ -128,6 +128,7 @@ func TestSuite(t *testing.T) {
 			for _, c := range clauses() {
 				w, h := newWorld(t, false)
 				m.mutate(w)
+				h.soon = 5 * time.Second
 				wg.Go(func() {
 					ctx, cancel := context.WithTimeout(t.Context(), clauseTimeout)
 					defer cancel()

@@ -154,7 +154,7 @@ func testPartialGrant(t *testing.T, w *world) {
 // testExpiry is kept by the server alone.
 func testExpiry(t *testing.T, w *world) {
 	g := grant(goodScope)
-	g.Expires = time.Now().Add(3 * time.Second)
+	g.Expires = time.Now().Add(6 * time.Second) // in which the job logs in
 	l, err := w.issuer.Issue(t.Context(), "short", g)
 	if err != nil {
 		t.Fatal(err)

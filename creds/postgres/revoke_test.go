@@ -128,8 +128,8 @@ func testLockedByOthers(t *testing.T, w *world) {
 	if err := w.issuer.Revoke(ctx, "locked", nil); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("Revoke: got %v, want it to try until its context ends", err)
 	}
-	if d := time.Since(start); d > 5*time.Second {
-		t.Errorf("Revoke came back after %v, want about 2 s", d)
+	if d := time.Since(start); d > time.Minute {
+		t.Errorf("Revoke came back after %v, want it when its context ends", d)
 	}
 	if _, err := reader.Exec(t.Context(), "ROLLBACK"); err != nil {
 		t.Fatal(err)
@@ -246,6 +246,7 @@ func testIssueOvertaken(t *testing.T, w *world) {
 	for _, point := range []string{"postgres.issue.begun", "postgres.issue.created"} {
 		name := strings.ReplaceAll(point, ".", "-")
 		pid := 0
+		ctx, cancel := context.WithCancel(t.Context())
 		c := w.config()
 		c.Trace = func(p string) {
 			if p != point {
@@ -256,9 +257,9 @@ func testIssueOvertaken(t *testing.T, w *world) {
 			if err = errors.Join(err, syscall.Kill(pid, syscall.SIGSTOP)); err != nil {
 				t.Error(err)
 			}
+			time.AfterFunc(300*time.Millisecond, cancel) // it waits for the answer by then
 		}
 		i := w.newIssuer(c)
-		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 		if _, err := i.Issue(ctx, name, grant(goodScope)); err == nil {
 			t.Errorf("Issue on a frozen session: got nil, want an error")
 		}

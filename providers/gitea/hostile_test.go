@@ -59,7 +59,7 @@ func TestFaultsAreRetried(t *testing.T) {
 				s := instance(t)
 				c := config(s)
 				if fault.Hang {
-					c.Timeout = 200 * time.Millisecond
+					c.Timeout = 2 * time.Second // of the calls that do not hang, too
 				}
 				s.Fail(method, fault, fault)
 				p := open(t, c)
@@ -104,7 +104,7 @@ func TestFaultsOfFetchTask(t *testing.T) {
 			s := instance(t)
 			conf := config(s)
 			if c.fault.Hang {
-				conf.Timeout = 500 * time.Millisecond
+				conf.Timeout = 2 * time.Second
 			}
 			s.Fail("FetchTask", c.fault)
 			if name == "unregistered" {

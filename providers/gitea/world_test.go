@@ -17,7 +17,7 @@ import (
 )
 
 // patience bounds the wait for what must happen.
-const patience = 20 * time.Second
+const patience = 2 * time.Minute
 
 // memory is a store that outlives providers.
 type memory struct {
@@ -58,7 +58,7 @@ func instance(t *testing.T) *fakegitea.Server {
 
 func config(s *fakegitea.Server) Config {
 	return Config{
-		URL: s.URL(), Runner: "agent", Labels: []string{"linux"}, Store: &memory{}, Timeout: 10 * time.Second,
+		URL: s.URL(), Runner: "agent", Labels: []string{"linux"}, Store: &memory{}, Timeout: time.Minute,
 		Token: func() (creds.Secret, error) { return creds.NewSecret(fakegitea.RegistrationToken), nil },
 	}
 }

@@ -33,7 +33,7 @@ func offered(ctx context.Context, s Service) (p providers.Provider, o providers.
 	if id, err = s.Submit("echo conformance"); err != nil {
 		return nil, o, "", fmt.Errorf("Submit: %w", err)
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, patience(ctx))
 	defer cancel()
 	if o, err = p.Poll(ctx); err != nil {
 		return nil, o, "", fmt.Errorf("Poll = %w, want an offer", err)
@@ -77,7 +77,7 @@ func within[T any](ctx context.Context, what string, f func() (T, error)) (T, er
 		v, err := f()
 		done <- answer{v, err}
 	}()
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, patience(ctx))
 	defer cancel()
 	select {
 	case a := <-done:
@@ -108,7 +108,7 @@ func pollWakes(ctx context.Context, s Service) error {
 	}()
 	var job providers.Job
 	for {
-		wait, cancel := context.WithTimeout(ctx, patience)
+		wait, cancel := context.WithTimeout(ctx, patience(ctx))
 		o, err := p.Poll(wait)
 		cancel()
 		if err != nil {
@@ -253,7 +253,7 @@ func noneLost(ctx context.Context, s Service) error {
 		}
 		want[command] = 1
 	}
-	ctx, done := context.WithTimeout(ctx, patience)
+	ctx, done := context.WithTimeout(ctx, patience(ctx))
 	defer done()
 	var mu sync.Mutex
 	got := map[string]int{}

@@ -51,7 +51,7 @@ func watchCancelled(ctx context.Context, s Service) error {
 		<-late.C
 		cancelled <- s.Cancel(id)
 	}()
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, patience(ctx))
 	defer cancel()
 	werr := watching(ctx, p, "c-1", job.Ref)
 	if err := <-cancelled; err != nil {
@@ -76,7 +76,7 @@ func cancelledJob(ctx context.Context, s Service) (p providers.Provider, job pro
 	if err := s.Cancel(id); err != nil {
 		return nil, job, "", fmt.Errorf("Cancel: %w", err)
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, patience(ctx))
 	defer cancel()
 	if err := watching(ctx, p, "c-1", job.Ref); !errors.Is(err, providers.ErrCancelled) {
 		return nil, job, "", fmt.Errorf("Watch = %w, want ErrCancelled", orNil(err))

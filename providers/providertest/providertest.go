@@ -56,13 +56,22 @@ type Service struct {
 }
 
 const (
-	// patience is how long a check waits for what must happen. It is spent
-	// in full only by an implementation that hangs.
-	patience = 5 * time.Second
+	// limit bounds a clause. It is spent only by an implementation that hangs.
+	limit = 2 * time.Minute
 
 	// moment is how long a check waits for what must not happen.
 	moment = 100 * time.Millisecond
 )
+
+// patience is how long a check waits for what must happen: half of what is left
+// to its clause, so that it can say what did not.
+func patience(ctx context.Context) time.Duration {
+	end, ok := ctx.Deadline()
+	if !ok {
+		end = time.Now().Add(limit)
+	}
+	return time.Until(end) / 2
+}
 
 // Run runs one subtest for each clause of the contract, each on a service of
 // its own. Clauses about the log are left out if the provider keeps none.
@@ -75,7 +84,7 @@ func Run(t *testing.T, factory func(t *testing.T) Service) {
 			if c.log && !isLogger(t, s) {
 				return
 			}
-			ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
+			ctx, cancel := context.WithTimeout(t.Context(), limit)
 			defer cancel()
 			if err := c.check(ctx, s); err != nil {
 				t.Errorf("clause %q: %v", c.name, err)

@@ -6,6 +6,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/mayfly-ci/mayfly/providers"
 )
@@ -71,7 +72,7 @@ func TestSuiteSeesBrokenProviders(t *testing.T) {
 				mutate(p)
 				return p
 			})
-			ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 			defer cancel()
 			err := c.check(ctx, s)
 			if err == nil {

@@ -128,7 +128,7 @@ func startBox(t testing.TB, prefix string, args ...string) *box {
 	}
 	_ = theirs.Close()
 	b := &box{cmd: cmd, stderr: &stderr}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	client, err := guest.New(ctx, ours, guest.Config{})
 	if err != nil {
@@ -143,8 +143,8 @@ func startBox(t testing.TB, prefix string, args ...string) *box {
 // wait waits for the end of process 1.
 func (b *box) wait(t testing.TB) {
 	t.Helper()
-	killer := time.AfterFunc(10*time.Second, func() {
-		t.Errorf("the guest is alive 10 s after its stream has ended")
+	killer := time.AfterFunc(time.Minute, func() {
+		t.Errorf("the guest is alive a minute after its stream has ended")
 		_ = b.cmd.Process.Kill()
 	})
 	defer killer.Stop()
@@ -261,10 +261,10 @@ func file(name, content string) tar.Header {
 	return tar.Header{Name: name, Linkname: content}
 }
 
-// eventually polls until ok, for at most ten seconds.
+// eventually polls until ok, for at most a minute.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.NewTimer(10 * time.Second)
+	deadline := time.NewTimer(time.Minute)
 	defer deadline.Stop()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
@@ -272,7 +272,7 @@ func eventually(t testing.TB, what string, ok func() bool) {
 		select {
 		case <-tick.C:
 		case <-deadline.C:
-			t.Fatalf("%s: not within 10 s", what)
+			t.Fatalf("%s: not within a minute", what)
 		}
 	}
 }

@@ -98,7 +98,7 @@ func TestHostileGuestHarmsOnlyItself(t *testing.T) {
 					_ = conn.Close()
 				}
 			})
-			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			err := c.call(client, ctx)
 			<-asked
@@ -139,7 +139,7 @@ func TestNothingMayFollowTheEnd(t *testing.T) {
 		}
 		select {
 		case <-c.Done():
-		case <-time.After(10 * time.Second):
+		case <-time.After(time.Minute):
 			t.Errorf("second %s: the guest is alive, want dead", name)
 		}
 	}
@@ -226,7 +226,7 @@ func TestGuestThatDripsAfterTheStop(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	began := time.Now()
 	_, err := c.Run(ctx, sandbox.Process{Args: []string{"x"}, Grace: time.Millisecond, Stdout: func(time.Time, []byte) error { cancel(); return nil }})
-	if !errors.Is(err, sandbox.ErrDied) || time.Since(began) > 5*time.Second {
+	if !errors.Is(err, sandbox.ErrDied) || time.Since(began) > time.Minute {
 		t.Errorf("got %v after %v, want ErrDied soon: output must not keep a stopped process alive", err, time.Since(began))
 	}
 }

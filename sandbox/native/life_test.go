@@ -85,7 +85,7 @@ func TestExpires(t *testing.T) {
 	}
 	select {
 	case <-b.(*box).dead:
-	case <-time.After(10 * time.Second):
+	case <-bounded(t).Done():
 		t.Error("process 1 has not been reaped")
 	}
 }

@@ -298,7 +298,7 @@ func leftovers(t testing.TB, state string) []string {
 // eventually polls until ok.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	if err := kernel.Poll(ctx, what, func() (bool, error) { return ok(), nil }); err != nil {
 		t.Fatal(err)

@@ -131,7 +131,7 @@ func (c *Canary) accept(l net.Listener) {
 			}
 			c.wait.Go(func() {
 				defer conn.Close()
-				_ = conn.SetReadDeadline(time.Now().Add(10 * time.Second)) // it is open
+				_ = conn.SetReadDeadline(time.Now().Add(time.Minute)) // it is open
 				b := make([]byte, 1024)
 				for {
 					n, err := conn.Read(b)

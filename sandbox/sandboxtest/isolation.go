@@ -52,7 +52,7 @@ func checkSockets(ctx context.Context, h Harness) error {
 			if err := send(ctx, t, own); err != nil {
 				return fmt.Errorf("the host itself does not reach %v, so this clause would say nothing: %w", t, err)
 			}
-			if err := eventually(ctx, 10*time.Second, fmt.Sprintf("the host's own token at %v", t), func() bool { return canary.Reached(own) }); err != nil {
+			if err := eventually(ctx, time.Minute, fmt.Sprintf("the host's own token at %v", t), func() bool { return canary.Reached(own) }); err != nil {
 				return err
 			}
 			if canary.Reached(mine) {
@@ -90,7 +90,7 @@ func checkLook(ctx context.Context, h Harness) error {
 
 // send reaches a target as anybody on the host does.
 func send(ctx context.Context, t Target, text string) error {
-	conn, err := (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, t.Network, t.Address)
+	conn, err := (&net.Dialer{Timeout: time.Minute}).DialContext(ctx, t.Network, t.Address)
 	if err != nil {
 		return err
 	}
@@ -117,7 +117,7 @@ func checkProcesses(ctx context.Context, h Harness) error {
 			err = errors.Join(err, stdin.Close())
 			_ = cmd.Wait() // the shell fails for want of a line
 		}()
-		if err := eventually(ctx, 10*time.Second, "a process of the host seen by the host", func() bool { return len(hostPids(mark)) > 0 }); err != nil {
+		if err := eventually(ctx, time.Minute, "a process of the host seen by the host", func() bool { return len(hostPids(mark)) > 0 }); err != nil {
 			return err
 		}
 		// Encoded, so that the search does not find itself.

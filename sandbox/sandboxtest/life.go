@@ -124,7 +124,7 @@ func checkDaemons(ctx context.Context, h Harness) error {
 			return err
 		}
 		// One that has just begun has its parent's arguments, or none for a moment.
-		if err := eventually(ctx, 10*time.Second, "two processes of the box can be seen, so that the next look means something", func() bool { return b.running(ctx, mark) >= 2 }); err != nil {
+		if err := eventually(ctx, time.Minute, "two processes of the box can be seen, so that the next look means something", func() bool { return b.running(ctx, mark) >= 2 }); err != nil {
 			return err
 		}
 		if err := h.Runtime.Destroy(ctx, b.name); err != nil {
@@ -212,7 +212,7 @@ func checkExpires(ctx context.Context, h Harness) error {
 	s.Expires = time.Now().Add(lifetime)
 	return h.with(ctx, s, func(b *box) error {
 		mark := token()
-		late, cancel := context.WithDeadline(ctx, s.Expires.Add(10*time.Second))
+		late, cancel := context.WithDeadline(ctx, s.Expires.Add(time.Minute))
 		defer cancel()
 		r := b.run(late, shell("setsid sleep 1000 & while :; do sleep 1; done", mark))
 		switch {
@@ -221,7 +221,7 @@ func checkExpires(ctx context.Context, h Harness) error {
 		case time.Now().Before(s.Expires.Add(-time.Second)):
 			return fmt.Errorf("the box died %v before its time", time.Until(s.Expires))
 		}
-		return eventually(ctx, 10*time.Second, "the end of what ran", func() bool { return b.running(ctx, mark) == 0 })
+		return eventually(ctx, time.Minute, "the end of what ran", func() bool { return b.running(ctx, mark) == 0 })
 	})
 }
 
@@ -240,7 +240,7 @@ func checkDied(ctx context.Context, h Harness) error {
 		if err := b.Put(ctx, sandbox.Workspace, archive(entry{name: "f"})); !errors.Is(err, sandbox.ErrDied) {
 			return fmt.Errorf("Put: got error %w, want ErrDied", err)
 		}
-		return eventually(ctx, 10*time.Second, "the end of what ran", func() bool { return b.running(ctx, mark) == 0 })
+		return eventually(ctx, time.Minute, "the end of what ran", func() bool { return b.running(ctx, mark) == 0 })
 	})
 }
 
@@ -370,7 +370,7 @@ func checkAttach(ctx context.Context, h Harness) error {
 		for _, to := range [][2]string{{"tcp", egress.Virtual.Addr().Next().String() + ":443"}, {"udp", egress.Resolver.String() + ":53"}} {
 			mine := word + to[0]
 			r := b.probe(ctx, "connect", to[0], to[1], mine)
-			if err := eventually(ctx, 10*time.Second, "a token from "+to[0], func() bool { return served.Reached(mine) }); err != nil {
+			if err := eventually(ctx, time.Minute, "a token from "+to[0], func() bool { return served.Reached(mine) }); err != nil {
 				return fmt.Errorf("%w: %v", err, r)
 			}
 		}

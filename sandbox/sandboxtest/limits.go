@@ -69,7 +69,7 @@ func (h Harness) beside(ctx context.Context, l sandbox.Limits, attack func(b *bo
 }
 
 // patience is how long a neighbour may be held up on a busy machine.
-const patience = 10 * time.Second
+const patience = 30 * time.Second
 
 func checkMemory(ctx context.Context, h Harness) error {
 	return h.beside(ctx, sandbox.Limits{Memory: 64 << 20}, func(b *box) error {

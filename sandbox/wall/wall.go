@@ -44,8 +44,9 @@ const (
 	// Name is what is asked for: one that nobody has (RFC 2606).
 	Name = "mayfly-attestation.invalid"
 
-	// patience is how long the ledger may take to write what was refused.
-	patience = 5 * time.Second
+	// patience is how long the ledger of a busy machine may take to write what
+	// was refused.
+	patience = 20 * time.Second
 )
 
 // An attempt is something to try and what is expected of it.

@@ -251,7 +251,7 @@ func TestLedgerWithoutLines(t *testing.T) {
 	t.Parallel()
 	n := netnstest.New(t)
 	serve(t, n, func(egress.Line) error { return nil })
-	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
 	_, err := wall.NewLook().Run(ctx, start(t, n), wall.Options{Served: true, Logged: true})
 	if !errors.Is(err, wall.ErrBreached) || !strings.Contains(err.Error(), "tcp 169.254.169.254 port 80") {

@@ -74,7 +74,7 @@ func tail(s string) string { return s[max(0, len(s)-6000):] }
 func (w *World) Start(tb testing.TB) *Agent {
 	tb.Helper()
 	a := w.Launch(tb)
-	Eventually(tb, 30*time.Second, "the agent takes jobs", func() bool {
+	Eventually(tb, 2*time.Minute, "the agent takes jobs", func() bool {
 		return a.Over() || strings.Contains(a.Log(), `"message":"agent"`)
 	})
 	if a.Over() {

@@ -74,9 +74,9 @@ func without(a, b []string) []string {
 func (w *World) Unchanged(tb testing.TB, before Host) {
 	tb.Helper()
 	var diff []string
-	most := 3 * time.Second
+	most := 30 * time.Second
 	if w.Engine != nil {
-		most = 20 * time.Second // it lets go of a container long after it has said so
+		most = 2 * time.Minute // it lets go of a container long after it has said so
 	}
 	Within(most, func() bool {
 		diff = Diff(before, w.Snapshot(tb))

@@ -76,7 +76,7 @@ func TestFullDiskAndKilled(t *testing.T) {
 	free := fill(t, w.State)
 	a.Kill()
 	a = w.Launch(t)
-	if code := a.Wait(t, 20*time.Second); code != 3 || !strings.Contains(a.Log(), "no space left on device") {
+	if code := a.Wait(t, time.Minute); code != 3 || !strings.Contains(a.Log(), "no space left on device") {
 		t.Errorf("an agent that is started on a full disk: status %d, %s; want 3 and why", code, a.Log())
 	}
 	if r, err := local.ReadResult(w.Spool, id); err == nil {

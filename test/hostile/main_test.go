@@ -31,8 +31,8 @@ func ends(t *testing.T, w *agenttest.World, id string, want providers.Conclusion
 func begins(t *testing.T, w *agenttest.World, workflow string) (id string) {
 	t.Helper()
 	id = w.Submit(t, workflow)
-	if !agenttest.Within(30*time.Second, func() bool { return strings.Contains(w.Log(t, id), "begun") }) {
-		t.Fatalf("job %s does not begin within 30 s; its log:\n%s", id, w.Log(t, id))
+	if !agenttest.Within(time.Minute, func() bool { return strings.Contains(w.Log(t, id), "begun") }) {
+		t.Fatalf("job %s does not begin within a minute; its log:\n%s", id, w.Log(t, id))
 	}
 	return id
 }

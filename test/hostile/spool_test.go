@@ -83,7 +83,7 @@ func TestSpoolFileReplaced(t *testing.T) {
 		}
 	}
 	ends(t, w, "race", providers.Success, "")
-	agenttest.Eventually(t, 30*time.Second, "all files of that name are taken", func() bool {
+	agenttest.Eventually(t, time.Minute, "all files of that name are taken", func() bool {
 		left, err := filepath.Glob(filepath.Join(w.Spool, "new", "*.json"))
 		claimed, cerr := filepath.Glob(filepath.Join(w.Spool, "claimed", "*"))
 		return err == nil && cerr == nil && len(left)+len(claimed) == 0
@@ -106,8 +106,8 @@ func TestLargeWorkflow(t *testing.T) {
 	if r := w.Result(t, committed, time.Minute); strings.Count(r.Reason, "refused") > 1 {
 		t.Errorf("the reason says it twice: %s", r.Reason)
 	}
-	if grown, took := memoryPeak(t, a)-before, time.Since(begun); grown > most || took > 10*time.Second {
-		t.Errorf("refusing it took %v and %d MiB, want at most 10 s and %d MiB", took, grown>>20, most>>20)
+	if grown, took := memoryPeak(t, a)-before, time.Since(begun); grown > most || took > time.Minute {
+		t.Errorf("refusing it took %v and %d MiB, want at most a minute and %d MiB", took, grown>>20, most>>20)
 	}
 	id, err := local.Submit(w.Spool, local.Job{Repository: w.Repository, Workflow: file, Worktree: true})
 	agenttest.Must(t, err)

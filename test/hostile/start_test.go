@@ -38,7 +38,7 @@ func TestPolicyThatIsNone(t *testing.T) {
 			}
 			id := w.Submit(t, w.Workflow(t, "job", "      - run: echo begun\n"))
 			a := w.Launch(t)
-			if code := a.Wait(t, 20*time.Second); code != 2 {
+			if code := a.Wait(t, time.Minute); code != 2 {
 				t.Errorf("exit status %d, want 2", code)
 			}
 			if !strings.Contains(a.Log(), c.want) {
@@ -61,7 +61,7 @@ func TestTwoAgentsOnOneState(t *testing.T) {
 	w := agenttest.New(t, agenttest.Config{})
 	first := w.Start(t)
 	second := w.Launch(t)
-	if code := second.Wait(t, 20*time.Second); code == 0 || !strings.Contains(second.Log(), "in use by another agent") {
+	if code := second.Wait(t, time.Minute); code == 0 || !strings.Contains(second.Log(), "in use by another agent") {
 		t.Errorf("the second agent: status %d, %s; want it to refuse and say why", code, second.Log())
 	}
 	w.Good(t)
@@ -75,11 +75,11 @@ func TestDrain(t *testing.T) {
 	// With a second slot it could take the late job before it hears the signal.
 	w := agenttest.New(t, agenttest.Config{Slots: 1})
 	a := w.Start(t)
-	flow := w.Workflow(t, "long", "      - run: echo begun; sleep 2; echo done\n")
+	flow := w.Workflow(t, "long", "      - run: echo begun; sleep 5; echo done\n")
 	id := begins(t, w, flow)
 	a.Signal(t, syscall.SIGTERM)
 	late := w.Submit(t, flow)
-	if code := a.Wait(t, 30*time.Second); code != 0 {
+	if code := a.Wait(t, time.Minute); code != 0 {
 		t.Errorf("exit status %d, want 0", code)
 	}
 	ends(t, w, id, providers.Success, "")
@@ -103,7 +103,7 @@ func TestSecondSignal(t *testing.T) {
 		t.Errorf("the first signal did not wait for the job")
 	}
 	a.Signal(t, syscall.SIGTERM)
-	if code := a.Wait(t, 10*time.Second); code != 0 {
+	if code := a.Wait(t, time.Minute); code != 0 {
 		t.Errorf("exit status %d, want 0: nothing is owed", code)
 	}
 	ends(t, w, id, providers.Cancelled, "told to stop")
@@ -117,8 +117,8 @@ func TestCancel(t *testing.T) {
 	begun := time.Now()
 	agenttest.Must(t, local.Cancel(w.Spool, id))
 	ends(t, w, id, providers.Cancelled, "")
-	if took := time.Since(begun); took > 2*time.Second {
-		t.Errorf("it took %v, want at most 2 s", took)
+	if took := time.Since(begun); took > 30*time.Second {
+		t.Errorf("it took %v, want it soon and not when the step ends", took)
 	}
 	if strings.Contains(w.Log(t, id), "\nnever") {
 		t.Errorf("a step ran after the cancellation: %s", w.Log(t, id))

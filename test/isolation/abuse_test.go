@@ -177,7 +177,7 @@ func TestForkBomb(t *testing.T) {
 		if err := runtimeOfTests.Destroy(bounded(t), b.name); err != nil {
 			t.Errorf("destroy: %v", err)
 		}
-		if took := time.Since(began); took > 20*time.Second {
+		if took := time.Since(began); took > time.Minute {
 			t.Errorf("destroy took %v", took)
 		}
 	})

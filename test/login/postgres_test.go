@@ -190,7 +190,7 @@ func (w *watermark) look() {
 func TestPostgresEnds(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), bound)
 	defer cancel()
-	l := newLink(ctx, t, gateway.Config{Hello: 2 * time.Second})
+	l := newLink(ctx, t, gateway.Config{Hello: 5 * time.Second})
 	direct, err := l.connect(ctx, func(c *pgconn.Config) {
 		c.SSLNegotiation, c.TLSConfig.NextProtos = "direct", []string{"postgresql"}
 	})

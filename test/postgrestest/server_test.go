@@ -201,12 +201,12 @@ func TestDiesWithItsMaker(t *testing.T) {
 	_ = cmd.Wait()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
-	deadline := time.After(10 * time.Second)
+	deadline := time.After(time.Minute)
 	for syscall.Kill(pid, 0) == nil {
 		select {
 		case <-tick.C:
 		case <-deadline:
-			t.Fatalf("postmaster %d runs 10 s after its maker was killed, want it gone", pid)
+			t.Fatalf("postmaster %d runs a minute after its maker was killed, want it gone", pid)
 		}
 	}
 }

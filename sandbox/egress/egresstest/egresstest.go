@@ -23,7 +23,7 @@ import (
 
 // patience bounds each wait for something that should happen at once, on a
 // machine that may be busy.
-const patience = 5 * time.Second
+const patience = time.Minute
 
 // A Net is the network of a box, seen from inside.
 type Net interface {

@@ -100,7 +100,7 @@ func (n *Net) Dial(network, address string) (conn net.Conn, err error) {
 		return nil, fmt.Errorf("dial %s: a literal address is needed, a resolver would run outside", address)
 	}
 	err = n.Do(func() (err error) {
-		conn, err = (&net.Dialer{Timeout: 5 * time.Second}).Dial(network, address)
+		conn, err = (&net.Dialer{Timeout: time.Minute}).Dial(network, address)
 		return err
 	})
 	return conn, err
