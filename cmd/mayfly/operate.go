@@ -128,8 +128,15 @@ func (w *wiring) attend(ctx, drain context.Context, agent *runner.Agent, sd noti
 		defer t.Stop()
 		tick = t.C
 	}
+	look := time.NewTicker(restAfter)
+	defer look.Stop()
+	var r rest
 	for draining := drain.Done(); ; {
 		select {
+		case <-look.C:
+			if err := r.look(agent.Status()); err != nil {
+				w.agent.Log.Warn().Err(err).Msg("rest")
+			}
 		case <-hangups:
 			tell(sd.reloading())
 			w.reload(ctx, agent)

@@ -301,7 +301,7 @@ func throughput(ctx context.Context, w *world, t *table) error {
 	if err != nil {
 		return err
 	}
-	fresh, err := idleRSS(ctx, a)
+	fresh, freshOwn, err := idleRSS(ctx, a)
 	if err != nil {
 		return err
 	}
@@ -324,7 +324,7 @@ func throughput(ctx context.Context, w *world, t *table) error {
 			used[file] = append(used[file], ms(after-before)/(jobsOfABatch+1))
 		}
 	}
-	later, err := idleRSS(ctx, a)
+	later, laterOwn, err := idleRSS(ctx, a)
 	if err != nil {
 		return err
 	}
@@ -334,6 +334,7 @@ func throughput(ctx context.Context, w *world, t *table) error {
 	t.info("  CPU time of agent, git and boxes, a job with a lease", "ms", used["leases.yml"]...)
 	t.most(30, "idle agent RSS, fresh", "MiB", fresh)
 	t.most(30, fmt.Sprintf("idle agent RSS, after %d jobs", 2*batches*jobsOfABatch), "MiB", later)
+	t.info("  what of it is no page of a file, fresh and later", "MiB", freshOwn, laterOwn)
 	return errors.Join(binarySize(w, t), a.stop())
 }
 

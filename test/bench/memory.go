@@ -183,12 +183,16 @@ func available() (float64, error) {
 	return field("/proc/meminfo", "MemAvailable:")
 }
 
-// idleRSS is the agent's resident memory after a while without work, in MiB.
-func idleRSS(ctx context.Context, a *agent) (float64, error) {
+// idleRSS is the agent's resident memory after a while without work, in MiB, and
+// what of it is no page of a file.
+func idleRSS(ctx context.Context, a *agent) (all, own float64, err error) {
 	if err := pause(ctx, settling); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	return field(fmt.Sprintf("/proc/%d/status", a.cmd.Process.Pid), "VmRSS:")
+	status := fmt.Sprintf("/proc/%d/status", a.cmd.Process.Pid)
+	all, aerr := field(status, "VmRSS:")
+	own, oerr := field(status, "RssAnon:")
+	return all, own, errors.Join(aerr, oerr)
 }
 
 // cpu is the processor time of a process and of all that it has waited for, and

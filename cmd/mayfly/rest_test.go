@@ -1,0 +1,68 @@
+package main
+
+import (
+	"bufio"
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/mayfly-ci/mayfly/runner"
+)
+
+// resident is a line of /proc/self/status, in KiB.
+func resident(t *testing.T, name string) int {
+	t.Helper()
+	f, err := os.Open("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for s := bufio.NewScanner(f); s.Scan(); {
+		if words := strings.Fields(s.Text()); len(words) == 3 && words[0] == name {
+			n, err := strconv.Atoi(words[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+	}
+	t.Fatalf("/proc/self/status has no %s", name)
+	return 0
+}
+
+func TestAnIdleAgentGivesItsMemoryBack(t *testing.T) {
+	const size = 64 << 20
+	used := make([]byte, size)
+	for i := range used {
+		used[i] = 1
+	}
+	runtime.KeepAlive(used)
+	heap, program := resident(t, "RssAnon:"), resident(t, "RssFile:")
+
+	var r rest
+	for _, busy := range []int{0, 1, 0} { // never idle twice in a row
+		if err := r.look(runner.Status{Busy: busy}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if r.rested {
+		t.Fatal("an agent that worked a moment ago has rested")
+	}
+	if err := r.look(runner.Status{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := resident(t, "RssAnon:"); got > heap-size/1024/2 {
+		t.Errorf("heap: %d KiB resident before the rest and %d after it, want %d less", heap, got, size/1024)
+	}
+	if got := resident(t, "RssFile:"); got > program/2 {
+		t.Errorf("program: %d KiB resident before the rest and %d after it, want less than half", program, got)
+	}
+
+	// Without another collection there is nothing to give back.
+	cycles := r.cycles
+	if err := r.look(runner.Status{}); err != nil || r.cycles != cycles && collections() == cycles {
+		t.Errorf("rested again: %v", err)
+	}
+}
