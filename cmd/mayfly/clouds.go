@@ -9,13 +9,14 @@ import (
 	"github.com/mayfly-ci/mayfly/creds/aws"
 	"github.com/mayfly-ci/mayfly/creds/githubapp"
 	"github.com/mayfly-ci/mayfly/creds/kubernetes"
+	"github.com/mayfly-ci/mayfly/runner/outbound"
 )
 
 // audienceAWS is the one that AWS's own tools ask for.
 const audienceAWS = "sts.amazonaws.com"
 
 // aws shows the STS the agent's identity.
-func (w *wiring) aws(name string, section configs.Section) (*aws.Issuer, error) {
+func (w *wiring) aws(_ string, section configs.Section, way *outbound.Exit) (closingIssuer, error) {
 	var own struct {
 		Service       string        `yaml:"service"`
 		Endpoint      string        `yaml:"endpoint"`
@@ -39,7 +40,7 @@ func (w *wiring) aws(name string, section configs.Section) (*aws.Issuer, error) 
 	return aws.New(aws.Config{
 		Service: own.Service, Endpoint: own.Endpoint, JobEndpoint: own.JobEndpoint, Region: own.Region, Role: own.Role,
 		CAFile: section.Path(own.CAFile), Insecure: own.Insecure, MaxSession: own.MaxSession,
-		RevokerKey: own.RevokerKey, RevokerSecret: secretFile(section, own.RevokerSecret),
+		Out: way.HTTP, RevokerKey: own.RevokerKey, RevokerSecret: secretFile(section, own.RevokerSecret),
 		Sign: func(_ context.Context, s creds.Subject, lease string) (aws.Identity, error) {
 			t, err := mint(s, lease)
 			return aws.Identity{Token: t.Value, ID: t.ID}, err
@@ -48,7 +49,7 @@ func (w *wiring) aws(name string, section configs.Section) (*aws.Issuer, error) 
 }
 
 // kubernetes asks an API server with the agent's own account there.
-func (w *wiring) kubernetes(section configs.Section) (*kubernetes.Issuer, error) {
+func (w *wiring) kubernetes(_ string, section configs.Section, way *outbound.Exit) (closingIssuer, error) {
 	var own struct {
 		Address    string `yaml:"address,required"`
 		JobAddress string `yaml:"job_address"`
@@ -62,12 +63,12 @@ func (w *wiring) kubernetes(section configs.Section) (*kubernetes.Issuer, error)
 	}
 	return kubernetes.New(kubernetes.Config{
 		Address: own.Address, JobAddress: own.JobAddress, CAFile: section.Path(own.CAFile), Namespace: own.Namespace, Account: own.Account,
-		Token: secretFile(section, own.Token), Owner: w.state.Owner,
+		Out: way.HTTP, Token: secretFile(section, own.Token), Owner: w.state.Owner,
 	})
 }
 
 // githubApp is a GitHub App, with its private key.
-func githubApp(section configs.Section) (*githubapp.Issuer, error) {
+func githubApp(_ string, section configs.Section, way *outbound.Exit) (closingIssuer, error) {
 	var own struct {
 		Address      string `yaml:"address"`
 		CAFile       string `yaml:"ca_file"`
@@ -79,7 +80,7 @@ func githubApp(section configs.Section) (*githubapp.Issuer, error) {
 		return nil, err
 	}
 	return githubapp.New(githubapp.Config{
-		Address: own.Address, CAFile: section.Path(own.CAFile), App: own.App, Installation: own.Installation, Key: secretFile(section, own.Key),
+		Address: own.Address, CAFile: section.Path(own.CAFile), Out: way.HTTP, App: own.App, Installation: own.Installation, Key: secretFile(section, own.Key),
 	})
 }
 

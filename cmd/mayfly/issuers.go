@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/mayfly-ci/mayfly/configs"
@@ -13,6 +16,7 @@ import (
 	"github.com/mayfly-ci/mayfly/creds/oidc"
 	"github.com/mayfly-ci/mayfly/creds/postgres"
 	"github.com/mayfly-ci/mayfly/creds/vault"
+	"github.com/mayfly-ci/mayfly/runner/outbound"
 )
 
 const typeOIDC = "oidc"
@@ -55,46 +59,45 @@ type closingIssuer interface {
 }
 
 func (w *wiring) issuer(name string, section configs.Section) (issuer closingIssuer, err error) {
-	switch section.Type {
-	case "postgres":
-		var own postgres.Config
-		if err := section.Decode(&own); err != nil {
-			return nil, err
-		}
-		own.PasswordFile, own.RootCA = section.Path(own.PasswordFile), section.Path(own.RootCA)
-		own.Owner = w.state.Owner
-		var made *postgres.Issuer
-		if made, err = postgres.New(own); err == nil {
-			made.Way = postgres.Way{Dial: w.out.For("issuer " + name).DialContext, Roots: w.out.Roots()}
-		}
-		issuer = made
-	case "vault":
-		issuer, err = w.vault(name, section)
-	case "aws":
-		issuer, err = w.aws(name, section)
-	case "gitea":
-		issuer, err = w.giteaTokens(name, section)
-	case "kubernetes":
-		issuer, err = w.kubernetes(section)
-	case "githubapp":
-		issuer, err = githubApp(section)
-	case "oauth2":
-		issuer, err = w.oauth2(name, section)
-	case "ssh":
-		issuer, err = w.sshCertificates(name, section)
-	case "static":
-		issuer, err = w.staticSecret(name, section)
-	default:
-		return nil, section.Errorf("type", "issuer %q: this agent has aws, gitea, githubapp, kubernetes, oauth2, postgres, ssh, static and vault, and oidc for its identity", section.Type)
+	issuerOf, ok := w.makers()[section.Type]
+	if !ok {
+		types := strings.Join(slices.Sorted(maps.Keys(w.makers())), ", ")
+		return nil, section.Errorf("type", "issuer %q: this agent has %s, and oidc for its identity", section.Type, types)
 	}
-	if err != nil {
+	if issuer, err = issuerOf(name, section, w.out.For("issuer "+name)); err != nil {
 		return nil, section.Errorf("", "%w", err)
 	}
 	return issuer, nil
 }
 
+// A maker makes an issuer, which leaves this machine by way and no other.
+type maker func(name string, section configs.Section, way *outbound.Exit) (closingIssuer, error)
+
+// makers are all types that mint leases.
+func (w *wiring) makers() map[string]maker {
+	return map[string]maker{
+		"aws": w.aws, "gitea": w.giteaTokens, "githubapp": githubApp, "kubernetes": w.kubernetes, "oauth2": w.oauth2,
+		"postgres": w.postgres, "ssh": w.sshCertificates, "static": w.staticSecret, "vault": w.vault,
+	}
+}
+
+func (w *wiring) postgres(_ string, section configs.Section, way *outbound.Exit) (closingIssuer, error) {
+	var own postgres.Config
+	if err := section.Decode(&own); err != nil {
+		return nil, err
+	}
+	own.PasswordFile, own.RootCA = section.Path(own.PasswordFile), section.Path(own.RootCA)
+	own.Owner = w.state.Owner
+	made, err := postgres.New(own)
+	if err != nil {
+		return nil, err
+	}
+	made.Way = postgres.Way{Dial: way.DialContext, Roots: w.out.Roots()}
+	return made, nil
+}
+
 // vault logs in with the agent's identity.
-func (w *wiring) vault(name string, section configs.Section) (*vault.Issuer, error) {
+func (w *wiring) vault(_ string, section configs.Section, way *outbound.Exit) (closingIssuer, error) {
 	var own struct {
 		Address    string `yaml:"address,required"`
 		JobAddress string `yaml:"job_address"`
@@ -116,7 +119,7 @@ func (w *wiring) vault(name string, section configs.Section) (*vault.Issuer, err
 	return vault.New(vault.Config{
 		Address: own.Address, JobAddress: own.JobAddress, Namespace: own.Namespace, CAFile: section.Path(own.CAFile), Insecure: own.Insecure,
 		Mount: own.Mount, Role: own.Role, AgentRole: own.AgentRole, Owner: w.state.Owner,
-		Out: w.out.For("issuer " + name).HTTP,
+		Out: way.HTTP,
 		Sign: func(_ context.Context, s creds.Subject, lease string) (vault.Identity, error) {
 			t, err := mint(s, lease)
 			return vault.Identity{Token: t.Value, ID: t.ID}, err

@@ -17,6 +17,7 @@ import (
 	"github.com/mayfly-ci/mayfly/creds/ssh"
 	"github.com/mayfly-ci/mayfly/creds/static"
 	"github.com/mayfly-ci/mayfly/runner"
+	"github.com/mayfly-ci/mayfly/runner/outbound"
 	"github.com/mayfly-ci/mayfly/runner/policy"
 )
 
@@ -109,7 +110,7 @@ func (w *wiring) secret(issuer, path string) func() (creds.Secret, error) {
 	}
 }
 
-func (w *wiring) giteaTokens(name string, section configs.Section) (*gitea.Issuer, error) {
+func (w *wiring) giteaTokens(name string, section configs.Section, way *outbound.Exit) (closingIssuer, error) {
 	var own struct {
 		URL          string   `yaml:"url,required"`
 		JobURL       string   `yaml:"job_url"`
@@ -123,13 +124,13 @@ func (w *wiring) giteaTokens(name string, section configs.Section) (*gitea.Issue
 		return nil, err
 	}
 	return gitea.New(gitea.Config{
-		URL: own.URL, JobURL: own.JobURL, CAFile: section.Path(own.CAFile), Insecure: own.Insecure,
+		Out: way.HTTP, URL: own.URL, JobURL: own.JobURL, CAFile: section.Path(own.CAFile), Insecure: own.Insecure,
 		User: own.User, Password: w.secret(name, section.Path(own.PasswordFile)), Scopes: own.Scopes, Owner: w.state.Owner,
 	})
 }
 
 // oauth2 asks in the agent's own name, or with exchange: in that of the job.
-func (w *wiring) oauth2(name string, section configs.Section) (*oauth2.Issuer, error) {
+func (w *wiring) oauth2(name string, section configs.Section, way *outbound.Exit) (closingIssuer, error) {
 	var own struct {
 		Token         string   `yaml:"token_url,required"`
 		Revocation    string   `yaml:"revocation_url,required"`
@@ -149,7 +150,7 @@ func (w *wiring) oauth2(name string, section configs.Section) (*oauth2.Issuer, e
 	}
 	c := oauth2.Config{
 		Endpoints: oauth2.Endpoints{Token: own.Token, Revocation: own.Revocation, Introspection: own.Introspection, Use: own.Use},
-		CAFile:    section.Path(own.CAFile), Insecure: own.Insecure, ClientID: own.ClientID, Post: own.Post,
+		CAFile:    section.Path(own.CAFile), Out: way.HTTP, Insecure: own.Insecure, ClientID: own.ClientID, Post: own.Post,
 		ClientSecret: w.secret(name, section.Path(own.SecretFile)), Scopes: own.Scopes, Audiences: own.Audiences, Owner: w.state.Owner,
 	}
 	if own.Exchange != "" {
@@ -164,7 +165,7 @@ func (w *wiring) oauth2(name string, section configs.Section) (*oauth2.Issuer, e
 	return oauth2.New(c)
 }
 
-func (w *wiring) sshCertificates(name string, section configs.Section) (*ssh.Issuer, error) {
+func (w *wiring) sshCertificates(name string, section configs.Section, way *outbound.Exit) (closingIssuer, error) {
 	var own struct {
 		CA         string        `yaml:"ca_private_key_file,required"`
 		Principals []string      `yaml:"principals,required"`
@@ -181,7 +182,7 @@ func (w *wiring) sshCertificates(name string, section configs.Section) (*ssh.Iss
 	}
 	return ssh.New(ssh.Config{
 		CA: w.secret(name, section.Path(own.CA)), Principals: own.Principals, Extensions: own.Extensions,
-		Address: own.Address, KnownHosts: section.Path(own.KnownHosts), User: own.User,
+		Address: own.Address, KnownHosts: section.Path(own.KnownHosts), User: own.User, Dial: way.DialContext,
 		List: section.Path(own.List), Publish: own.Publish, Longest: own.Longest,
 		Owner: w.state.Owner, Store: w.state.Safe("issuer-" + name),
 	})
@@ -213,7 +214,7 @@ func examineSSH(name string, issuer creds.Issuer) []finding {
 	return []finding{f}
 }
 
-func (w *wiring) staticSecret(name string, section configs.Section) (*static.Issuer, error) {
+func (w *wiring) staticSecret(name string, section configs.Section, _ *outbound.Exit) (closingIssuer, error) {
 	var own struct {
 		SecretFile string        `yaml:"secret_file,required"`
 		User       string        `yaml:"user"`

@@ -26,7 +26,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -35,6 +34,7 @@ import (
 	"time"
 
 	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/creds/web"
 )
 
 const maxNameBytes = 40 // the contract's
@@ -82,6 +82,9 @@ type Config struct {
 	RevokerKey    string
 	RevokerSecret func() (creds.Secret, error)
 
+	// Out is the agent's way out; nil dials directly.
+	Out web.Out
+
 	Sign  Signer
 	Trace func(point string) // called between outside effects; nil is none
 	Now   func() time.Time   // clock of the agent; nil is time.Now
@@ -98,11 +101,10 @@ func (c Config) Validate() error {
 	minio := c.Service == serviceMinIO
 	wrong(c.Service != "" && c.Service != serviceAWS && !minio, "service %q: want aws or minio", c.Service)
 	for key, text := range map[string]string{"endpoint": c.Endpoint, "job_endpoint": c.JobEndpoint} {
-		u, err := url.Parse(text)
-		bad := err != nil || u.Host == "" || u.Path != "" || u.RawQuery != "" || u.User != nil
-		wrong(bad && (text != "" || key == "endpoint" && minio), "%s %q: want https://HOST:PORT", key, text)
-		wrong(!bad && u.Scheme != "https" && (u.Scheme != "http" || !c.Insecure && !loopback(u.Hostname())),
-			"%s %q: want https; credentials must not go in the clear (insecure: true lets them)", key, text)
+		if text != "" || key == "endpoint" && minio {
+			err := web.CheckServer(text, c.Insecure)
+			wrong(err != nil, "%s %w", key, err)
+		}
 	}
 	wrong(c.CAFile != "" && strings.HasPrefix(c.Endpoint, "http:"), "ca_file: not used with %s", c.Endpoint)
 	wrong(!minio && !regexp.MustCompile(`^[a-z]{2}-[a-z]+(-[a-z]+)?-[0-9]+$`).MatchString(c.Region), "region %q: want one as in eu-central-1", c.Region)
@@ -116,11 +118,6 @@ func (c Config) Validate() error {
 	wrong(minio && c.RevokerKey != "", "revoker_key: not used with minio, where a session ends itself")
 	wrong(c.Sign == nil, "oidc: missing; the agent needs an identity to show")
 	return errors.Join(errs...)
-}
-
-func loopback(host string) bool {
-	ip := net.ParseIP(host)
-	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
 func (c Config) minio() bool { return c.Service == serviceMinIO }
@@ -166,7 +163,7 @@ func New(c Config) (*Issuer, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
-	client, err := newClient(c)
+	client, err := web.NewClient(c.CAFile, c.Out)
 	if err != nil {
 		return nil, err
 	}

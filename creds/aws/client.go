@@ -4,54 +4,21 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"encoding/xml"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
-	"os"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	v4 "github.com/aws/aws-sdk-go-v2/aws/signer/v4"
-)
 
-// Bounds of one exchange. STS answers in tens of milliseconds; set 2026-11-24.
-const (
-	exchangeTimeout = 15 * time.Second
-	maxAnswer       = 1 << 20
-	maxComplaint    = 400 // bytes of a server's words in our errors
+	"github.com/mayfly-ci/mayfly/creds/web"
 )
-
-func newClient(c Config) (*http.Client, error) {
-	conf := &tls.Config{MinVersion: tls.VersionTLS12}
-	if c.CAFile != "" {
-		pem, err := os.ReadFile(c.CAFile)
-		if err != nil {
-			return nil, fmt.Errorf("ca_file: %w", err)
-		}
-		conf.RootCAs = x509.NewCertPool()
-		if !conf.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("ca_file %s: no certificate in it", c.CAFile)
-		}
-	}
-	return &http.Client{
-		Timeout: exchangeTimeout,
-		// Nothing of the environment: a proxy would see the credentials.
-		Transport: &http.Transport{
-			TLSClientConfig: conf, TLSHandshakeTimeout: exchangeTimeout, ForceAttemptHTTP2: true,
-			MaxIdleConnsPerHost: 4, IdleConnTimeout: 30 * time.Second,
-		},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}, nil
-}
 
 // A key is what a request is signed with.
 type key struct {
@@ -109,24 +76,17 @@ func (i *Issuer) do(ctx context.Context, c call, into any) error {
 			return errors.New("request: cannot be signed")
 		}
 	}
-	res, err := i.client.Do(req)
-	if err != nil {
-		return fmt.Errorf("%s: %w", c.service, err)
-	}
-	defer func() { _ = res.Body.Close() }()
-	b, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer+1))
+	status, b, err := web.Do(i.client, req)
 	switch {
 	case err != nil:
 		return fmt.Errorf("%s: %w", c.service, err)
-	case len(b) > maxAnswer:
-		return fmt.Errorf("%s: answer larger than %d bytes", c.service, maxAnswer)
-	case res.StatusCode/100 != 2:
-		return fmt.Errorf("%s: %w", c.service, complaint(c, res.StatusCode, b))
+	case status/100 != 2:
+		return fmt.Errorf("%s: %w", c.service, complaint(c, status, b))
 	case into == nil:
 		return nil
 	}
 	if err := xml.Unmarshal(b, into); err != nil {
-		return fmt.Errorf("%s: answer %d is not of its API", c.service, res.StatusCode)
+		return fmt.Errorf("%s: answer %d is not of its API", c.service, status)
 	}
 	return nil
 }
@@ -157,11 +117,6 @@ func complaint(c call, status int, b []byte) error {
 	if err != nil || code == "" {
 		return fmt.Errorf("answer %d is not of its API", status)
 	}
-	for _, secret := range []string{c.key.Secret, c.key.Token, c.form.Get("WebIdentityToken")} {
-		if secret != "" {
-			message = strings.ReplaceAll(message, secret, "[secret]")
-		}
-	}
-	message = strings.Join(strings.Fields(message), " ")
-	return &refusal{status, code[:min(len(code), maxComplaint)], message[:min(len(message), maxComplaint)]}
+	message = web.Words(message, c.key.Secret, c.key.Token, c.form.Get("WebIdentityToken"))
+	return &refusal{status, web.Words(code), message}
 }

@@ -46,6 +46,9 @@ type Config struct {
 	// JobURL is where jobs find the server, if that is not where the agent does.
 	JobURL string
 
+	// Out is the agent's way out; nil dials directly.
+	Out web.Out
+
 	Owner string             // installation id
 	Trace func(point string) // called between outside effects; nil is none
 	Now   func() time.Time   // clock of the agent; nil is time.Now
@@ -119,7 +122,7 @@ func New(c Config) (*Issuer, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
-	client, err := web.NewClient(c.CAFile)
+	client, err := web.NewClient(c.CAFile, c.Out)
 	if err != nil {
 		return nil, err
 	}

@@ -6,7 +6,6 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
-	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
@@ -16,19 +15,17 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"os"
 	"strings"
 	"time"
 
 	"github.com/google/go-github/v60/github"
+
+	"github.com/mayfly-ci/mayfly/creds/web"
 )
 
-// Bounds of one exchange; set 2026-11-24.
-const (
-	exchangeTimeout = 15 * time.Second
-	maxAnswer       = 4 << 20 // a hundred repositories
-	maxComplaint    = 400     // bytes of a server's words in our errors
-)
+// maxAnswer bounds what GitHub answers, in bytes: a hundred repositories; set
+// 2026-11-24.
+const maxAnswer = 4 << 20
 
 // The life of what the App proves itself with: GitHub takes ten minutes at most,
 // and clocks differ.
@@ -37,29 +34,10 @@ const (
 	proofSkew = time.Minute
 )
 
-func newTransport(c Config) (*http.Transport, error) {
-	conf := &tls.Config{MinVersion: tls.VersionTLS12}
-	if c.CAFile != "" {
-		pem, err := os.ReadFile(c.CAFile)
-		if err != nil {
-			return nil, fmt.Errorf("ca_file: %w", err)
-		}
-		conf.RootCAs = x509.NewCertPool()
-		if !conf.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("ca_file %s: no certificate in it", c.CAFile)
-		}
-	}
-	// Nothing of the environment: a proxy would see the tokens.
-	return &http.Transport{
-		TLSClientConfig: conf, TLSHandshakeTimeout: exchangeTimeout, ForceAttemptHTTP2: true,
-		MaxIdleConnsPerHost: 4, IdleConnTimeout: 30 * time.Second,
-	}, nil
-}
-
 // A bearer adds a token to requests, and bounds answers, which the client reads
 // whole.
 type bearer struct {
-	under *http.Transport
+	under http.RoundTripper
 	token string
 }
 
@@ -104,11 +82,9 @@ func (i *Issuer) do(ctx context.Context, token, method, path string, body, into 
 	if err != nil {
 		return fmt.Errorf("address: %w", err)
 	}
-	client := github.NewClient(&http.Client{
-		Timeout: exchangeTimeout, Transport: bearer{i.transport, token},
-		// The token would go along.
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	})
+	as := *i.client
+	as.Transport = bearer{i.client.Transport, token}
+	client := github.NewClient(&as)
 	client.BaseURL = base
 	req, err := client.NewRequest(method, path, body)
 	if err != nil {
@@ -121,8 +97,7 @@ func (i *Issuer) do(ctx context.Context, token, method, path string, body, into 
 	case err == nil:
 		return nil
 	case errors.As(err, &said) && said.Message != "":
-		words := strings.Join(strings.Fields(strings.ReplaceAll(said.Message, token, "[secret]")), " ")
-		err = &refusal{said.Response.StatusCode, words[:min(len(words), maxComplaint)]}
+		err = &refusal{said.Response.StatusCode, web.Words(said.Message, token)}
 	case said != nil:
 		err = fmt.Errorf("answer %d is not of its API", said.Response.StatusCode)
 	}

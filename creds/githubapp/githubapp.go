@@ -19,15 +19,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
-	"net/url"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/creds/web"
 )
 
 const maxNameBytes = 40 // the contract's
@@ -44,6 +43,9 @@ type Config struct {
 	App          string // client id, or the App's id
 	Installation int64
 
+	// Out is the agent's way out; nil dials directly.
+	Out web.Out
+
 	// Key is the App's private key, in PEM, and asked for at each use.
 	Key   func() (creds.Secret, error)
 	Trace func(point string) // called between outside effects; nil is none
@@ -58,11 +60,10 @@ func (c Config) Validate() error {
 			errs = append(errs, fmt.Errorf(format, args...))
 		}
 	}
-	u, err := url.Parse(c.address())
-	bad := err != nil || u.Host == "" || u.RawQuery != "" || u.User != nil || strings.HasSuffix(u.Path, "/")
-	wrong(bad, "address %q: want https://HOST[/api/v3]", c.Address)
-	wrong(!bad && u.Scheme != "https" && (u.Scheme != "http" || !loopback(u.Hostname())), "address %q: want https; tokens must not go in the clear", c.Address)
-	wrong(c.CAFile != "" && !bad && u.Scheme == "http", "ca_file: not used with %s", c.Address)
+	err := web.CheckURL(c.address(), false)
+	wrong(err != nil, "address %w", err)
+	wrong(strings.HasSuffix(c.Address, "/"), "address %q: want https://HOST[/api/v3]", c.Address)
+	wrong(c.CAFile != "" && strings.HasPrefix(c.Address, "http:"), "ca_file: not used with %s", c.Address)
 	wrong(c.App == "", "app: missing; it is the client id of the GitHub App")
 	wrong(c.Installation <= 0, "installation: missing; it is the number at the end of its settings' address")
 	wrong(c.Key == nil, "private_key_file: missing; the private key of the GitHub App")
@@ -76,16 +77,11 @@ func (c Config) address() string {
 	return c.Address
 }
 
-func loopback(host string) bool {
-	ip := net.ParseIP(host)
-	return host == "localhost" || ip != nil && ip.IsLoopback()
-}
-
 // An Issuer mints tokens of one installation. It may be used by several goroutines
 // at once.
 type Issuer struct {
-	config    Config
-	transport *http.Transport
+	config Config
+	client *http.Client
 
 	mu    sync.Mutex
 	names map[string]bool // issued by this life and not revoked
@@ -103,15 +99,15 @@ func New(c Config) (*Issuer, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
-	transport, err := newTransport(c)
+	client, err := web.NewClient(c.CAFile, c.Out)
 	if err != nil {
 		return nil, err
 	}
-	return &Issuer{config: c, transport: transport, names: map[string]bool{}}, nil
+	return &Issuer{config: c, client: client, names: map[string]bool{}}, nil
 }
 
 // Close ends idle connections. Leases stay as they are.
-func (i *Issuer) Close() { i.transport.CloseIdleConnections() }
+func (i *Issuer) Close() { i.client.CloseIdleConnections() }
 
 // A Scope is what a lease of the policy asks for. Both must be said.
 type Scope struct {

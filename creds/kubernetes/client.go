@@ -3,48 +3,14 @@ package kubernetes
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
-	"os"
 	"strings"
-	"time"
-)
 
-// Bounds of one exchange. A token takes milliseconds; set 2026-11-24.
-const (
-	exchangeTimeout = 15 * time.Second
-	maxAnswer       = 8 << 20 // a list of leases
-	maxComplaint    = 400     // bytes of a server's words in our errors
+	"github.com/mayfly-ci/mayfly/creds/web"
 )
-
-func newClient(c Config) (*http.Client, []byte, error) {
-	conf := &tls.Config{MinVersion: tls.VersionTLS12}
-	var pem []byte
-	if c.CAFile != "" {
-		var err error
-		if pem, err = os.ReadFile(c.CAFile); err != nil {
-			return nil, nil, fmt.Errorf("ca_file: %w", err)
-		}
-		conf.RootCAs = x509.NewCertPool()
-		if !conf.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, nil, fmt.Errorf("ca_file %s: no certificate in it", c.CAFile)
-		}
-	}
-	return &http.Client{
-		Timeout: exchangeTimeout,
-		// Nothing of the environment: a proxy would see the tokens.
-		Transport: &http.Transport{
-			TLSClientConfig: conf, TLSHandshakeTimeout: exchangeTimeout, ForceAttemptHTTP2: true,
-			MaxIdleConnsPerHost: 4, IdleConnTimeout: 30 * time.Second,
-		},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}, pem, nil
-}
 
 // A refusal is a Status of the API server that is no success.
 type refusal struct {
@@ -97,24 +63,17 @@ func (i *Issuer) do(ctx context.Context, token, method, path string, body, into 
 		req.Header.Set("Content-Type", "application/json")
 	}
 	what, _, _ := strings.Cut(path, "?")
-	res, err := i.client.Do(req)
-	if err != nil {
-		return fmt.Errorf("%s %s: %w", method, what, err)
-	}
-	defer func() { _ = res.Body.Close() }()
-	b, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer+1))
+	status, b, err := web.Do(i.client, req)
 	switch {
 	case err != nil:
-		return fmt.Errorf("%s %s: %w", method, what, err)
-	case len(b) > maxAnswer:
-		return fmt.Errorf("%s %s: answer larger than %d bytes", method, what, maxAnswer)
-	case res.StatusCode/100 != 2:
-		return fmt.Errorf("%s %s: %w", method, what, complaint(res.StatusCode, b, token))
+		return err
+	case status/100 != 2:
+		return fmt.Errorf("%s %s: %w", method, what, complaint(status, b, token))
 	case into == nil:
 		return nil
 	}
 	if err := json.Unmarshal(b, into); err != nil {
-		return fmt.Errorf("%s %s: answer %d is not of its API", method, what, res.StatusCode)
+		return fmt.Errorf("%s %s: answer %d is not of its API", method, what, status)
 	}
 	return nil
 }
@@ -124,7 +83,6 @@ func complaint(status int, b []byte, token string) error {
 	if err := json.Unmarshal(b, r); err != nil || r.Kind != "Status" || r.Code != status {
 		return fmt.Errorf("answer %d is not of its API", status)
 	}
-	r.Message = strings.Join(strings.Fields(strings.ReplaceAll(r.Message, token, "[secret]")), " ")
-	r.Message = r.Message[:min(len(r.Message), maxComplaint)]
+	r.Message = web.Words(r.Message, token)
 	return r
 }

@@ -22,12 +22,13 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/url"
+	"os"
 	"regexp"
 	"strings"
 	"time"
 
 	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/creds/web"
 )
 
 const maxNameBytes = 40 // the contract's
@@ -50,6 +51,9 @@ type Config struct {
 	// does.
 	JobAddress string
 
+	// Out is the agent's way out; nil dials directly.
+	Out web.Out
+
 	// Token is the agent's own, and asked for at each use.
 	Token func() (creds.Secret, error)
 	Owner string             // installation id
@@ -66,8 +70,7 @@ func (c Config) Validate() error {
 		}
 	}
 	for key, text := range map[string]string{"address": c.Address, "job_address": c.JobAddress} {
-		u, err := url.Parse(text)
-		bad := err != nil || u.Scheme != "https" || u.Host == "" || u.Path != "" || u.RawQuery != "" || u.User != nil
+		bad := web.CheckServer(text, false) != nil || !strings.HasPrefix(text, "https:")
 		wrong(bad && (text != "" || key == "address"), "%s %q: want https://HOST:PORT", key, text)
 	}
 	wrong(!label(c.Namespace), "namespace %q: want the name of one", c.Namespace)
@@ -106,11 +109,17 @@ func New(c Config) (*Issuer, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
-	client, ca, err := newClient(c)
+	client, err := web.NewClient(c.CAFile, c.Out)
 	if err != nil {
 		return nil, err
 	}
-	return &Issuer{config: c, client: client, ca: ca}, nil
+	i := &Issuer{config: c, client: client}
+	if c.CAFile != "" {
+		if i.ca, err = os.ReadFile(c.CAFile); err != nil {
+			return nil, fmt.Errorf("ca_file: %w", err)
+		}
+	}
+	return i, nil
 }
 
 // Close ends idle connections. Leases stay as they are.

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/creds/web"
 )
 
 // Revoke implements creds.Issuer: it deletes the Secret, by its name and only if it
@@ -139,6 +140,5 @@ func (i *Issuer) review(ctx context.Context, h handle, path string) (string, err
 	case a.Status.Authenticated:
 		return "", nil
 	}
-	words := strings.Join(strings.Fields(strings.ReplaceAll(a.Status.Error, h.Token, "[secret]")), " ")
-	return "not authenticated: " + words[:min(len(words), maxComplaint)], nil
+	return "not authenticated: " + web.Words(a.Status.Error, h.Token), nil
 }

@@ -69,6 +69,9 @@ type Config struct {
 	// Sign, if it is not nil, has each token exchanged for one of the job's.
 	Sign Signer
 
+	// Out is the agent's way out; nil dials directly.
+	Out web.Out
+
 	Owner string             // installation id
 	Trace func(point string) // called between outside effects; nil is none
 	Now   func() time.Time   // clock of the agent; nil is time.Now
@@ -130,7 +133,7 @@ func New(c Config) (*Issuer, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
-	client, err := web.NewClient(c.CAFile)
+	client, err := web.NewClient(c.CAFile, c.Out)
 	if err != nil {
 		return nil, err
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"strings"
 	"sync"
 	"time"
@@ -31,7 +30,7 @@ func (i *Issuer) login(ctx context.Context, user string, signer ssh.Signer) (ref
 	}
 	ctx, cancel := context.WithTimeout(ctx, loginTimeout)
 	defer cancel()
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", i.config.Address)
+	conn, err := i.config.Dial(ctx, "tcp", i.config.Address)
 	if err != nil {
 		return "", fmt.Errorf("login: %w", err)
 	}

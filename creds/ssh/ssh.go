@@ -63,6 +63,9 @@ type Config struct {
 	KnownHosts string
 	User       string // of the tries; "" is the first principal of the lease
 
+	// Dial is the agent's way out; nil dials directly.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+
 	// List is the file that is written, "" is none; Publish a command that gets
 	// the list on its standard input, without a shell, none if it is empty.
 	List    string
@@ -132,6 +135,9 @@ func New(c Config) (*Issuer, error) {
 	}
 	if c.Now == nil {
 		c.Now = time.Now
+	}
+	if c.Dial == nil {
+		c.Dial = (&net.Dialer{}).DialContext
 	}
 	if c.Longest == 0 {
 		c.Longest = DefaultLongest

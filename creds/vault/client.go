@@ -3,55 +3,16 @@ package vault
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
-	"os"
 	"slices"
 	"strings"
-	"time"
-)
 
-// Bounds of one exchange. A login takes milliseconds, a role of a database tens
-// of them; set 2026-11-24.
-const (
-	exchangeTimeout = 15 * time.Second
-	maxAnswer       = 1 << 20
-	maxComplaint    = 400 // bytes of a server's words in our errors
+	"github.com/mayfly-ci/mayfly/creds/web"
 )
-
-func newClient(c Config) (*http.Client, error) {
-	conf := &tls.Config{MinVersion: tls.VersionTLS12}
-	if c.CAFile != "" {
-		pem, err := os.ReadFile(c.CAFile)
-		if err != nil {
-			return nil, fmt.Errorf("ca_file: %w", err)
-		}
-		conf.RootCAs = x509.NewCertPool()
-		if !conf.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("ca_file %s: no certificate in it", c.CAFile)
-		}
-	}
-	// Nothing of the environment: a proxy would see the tokens.
-	transport := &http.Transport{
-		TLSClientConfig: conf, TLSHandshakeTimeout: exchangeTimeout, ForceAttemptHTTP2: true,
-		MaxIdleConnsPerHost: 4, IdleConnTimeout: 30 * time.Second,
-	}
-	var out http.RoundTripper = transport
-	if c.Out != nil {
-		out = c.Out(transport)
-	}
-	return &http.Client{
-		Timeout:   exchangeTimeout,
-		Transport: out,
-		// The header with the token would go along.
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}, nil
-}
 
 // A refusal is an answer that is not a success.
 type refusal struct {
@@ -118,41 +79,25 @@ func (i *Issuer) do(ctx context.Context, c call) (answer, error) {
 	if c.wrap != "" {
 		req.Header.Set("X-Vault-Wrap-TTL", c.wrap)
 	}
-	res, err := i.client.Do(req)
+	status, b, err := web.Do(i.client, req)
 	if err != nil {
-		return a, fmt.Errorf("%s %s: %w", c.method, c.path, err)
-	}
-	defer func() { _ = res.Body.Close() }()
-	b, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer+1))
-	switch {
-	case err != nil:
-		return a, fmt.Errorf("%s %s: %w", c.method, c.path, err)
-	case len(b) > maxAnswer:
-		return a, fmt.Errorf("%s %s: answer larger than %d bytes", c.method, c.path, maxAnswer)
+		return a, err
 	}
 	parsed := json.Unmarshal(b, &a)
-	if res.StatusCode/100 != 2 {
-		return a, fmt.Errorf("%s %s: %w", c.method, c.path, complaint(c, res, a, parsed))
+	if status/100 != 2 {
+		return a, fmt.Errorf("%s %s: %w", c.method, c.path, complaint(c, status, a, parsed))
 	}
 	if len(b) > 0 && parsed != nil {
-		return a, fmt.Errorf("%s %s: answer %d is not of Vault's API: %w", c.method, c.path, res.StatusCode, parsed)
+		return a, fmt.Errorf("%s %s: answer %d is not of Vault's API: %w", c.method, c.path, status, parsed)
 	}
 	return a, nil
 }
 
 // complaint is the server's refusal. What comes from a proxy before it, or from
 // a server that is sealed, says nothing about a credential.
-func complaint(c call, res *http.Response, a answer, parsed error) error {
-	if res.StatusCode/100 == 3 {
-		return fmt.Errorf("server sends us on to another address (%d): name the active one", res.StatusCode)
-	}
+func complaint(c call, status int, a answer, parsed error) error {
 	if parsed != nil || a.Errors == nil {
-		return fmt.Errorf("answer %d is not of Vault's API", res.StatusCode)
+		return fmt.Errorf("answer %d is not of Vault's API", status)
 	}
-	words := strings.Join(slices.Compact(a.Errors), "; ")
-	if c.token != "" {
-		words = strings.ReplaceAll(words, c.token, "[secret]")
-	}
-	words = strings.Join(strings.Fields(words), " ")
-	return &refusal{res.StatusCode, words[:min(len(words), maxComplaint)]}
+	return &refusal{status, web.Words(strings.Join(slices.Compact(a.Errors), "; "), c.token)}
 }

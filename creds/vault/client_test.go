@@ -39,7 +39,7 @@ func TestOnlyTheServersWordIsAProof(t *testing.T) {
 		"redirect":          {307, "", false},
 		"accepted":          {200, `{"data": {}}`, false},
 		"accepted, strange": {200, `hello`, false},
-		"endless":           {403, `{"errors": ["` + strings.Repeat("x", 2<<20) + `"]}`, false},
+		"endless":           {403, `{"errors": ["` + strings.Repeat("x", 9<<20) + `"]}`, false},
 	} {
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Location", elsewhere.URL)

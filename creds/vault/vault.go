@@ -23,14 +23,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
-	"net/url"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/creds/web"
 )
 
 const maxNameBytes = 40 // the contract's
@@ -59,8 +58,8 @@ type Config struct {
 	// does.
 	JobAddress string `yaml:"job_address" json:"job_address"`
 
-	// Out makes a transport one that leaves this machine; nil dials directly.
-	Out func(*http.Transport) http.RoundTripper `yaml:"-" json:"-"`
+	// Out is the agent's way out; nil dials directly.
+	Out web.Out `yaml:"-" json:"-"`
 
 	Sign  Signer             `yaml:"-" json:"-"`
 	Owner string             `yaml:"-" json:"-"` // installation id
@@ -77,11 +76,10 @@ func (c Config) Validate() error {
 		}
 	}
 	for key, text := range map[string]string{"address": c.Address, "job_address": c.JobAddress} {
-		u, err := url.Parse(text)
-		bad := err != nil || u.Host == "" || u.Path != "" || u.RawQuery != "" || u.User != nil
-		wrong(bad && (text != "" || key == "address"), "%s %q: want https://HOST:PORT", key, text)
-		wrong(!bad && u.Scheme != "https" && !(u.Scheme == "http" && (c.Insecure || loopback(u.Hostname()))),
-			"%s %q: want https; tokens must not go in the clear (insecure: true lets them)", key, text)
+		if text != "" || key == "address" {
+			err := web.CheckServer(text, c.Insecure)
+			wrong(err != nil, "%s %w", key, err)
+		}
 	}
 	wrong(c.CAFile != "" && strings.HasPrefix(c.Address, "http:"), "ca_file: not used with %s", c.Address)
 	wrong(!cleanPath(c.mount()), "mount %q: want the path of the jwt method", c.Mount)
@@ -93,11 +91,6 @@ func (c Config) Validate() error {
 	wrong(c.Owner == "", "owner: missing; it is the installation's id")
 	wrong(c.Sign == nil, "oidc: missing; the agent needs an identity to log in with")
 	return errors.Join(errs...)
-}
-
-func loopback(host string) bool {
-	ip := net.ParseIP(host)
-	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
 func (c Config) mount() string {
@@ -139,7 +132,7 @@ func New(c Config) (*Issuer, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
-	client, err := newClient(c)
+	client, err := web.NewClient(c.CAFile, c.Out)
 	if err != nil {
 		return nil, err
 	}

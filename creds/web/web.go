@@ -1,6 +1,6 @@
-// Package web is how issuers speak HTTP with their providers: over TLS 1.2 or
-// later, past every proxy of the environment, without following anybody to
-// another address, and with a bound on what is read.
+// Package web is how issuers speak HTTP with their providers: by the agent's way
+// out, over TLS 1.2 or later, past every proxy of the environment, without
+// following anybody to another address, and with a bound on what is read.
 package web
 
 import (
@@ -18,20 +18,24 @@ import (
 )
 
 // Bounds of one exchange: a token takes milliseconds, the answer some hundred
-// bytes, a list of tokens some hundred for each; set 2026-11-24.
+// bytes, a list of leases a thousand for each; set 2026-11-24.
 const (
 	exchangeTimeout = 15 * time.Second
-	maxAnswer       = 1 << 20
-	maxComplaint    = 300 // bytes of a server's words in our errors
+	maxAnswer       = 8 << 20
+	maxComplaint    = 400 // bytes of a server's words in our errors
 )
+
+// Out makes a transport one that leaves this machine by the agent's way out. nil
+// dials directly.
+type Out = func(*http.Transport) http.RoundTripper
 
 // ErrRedirect reports that the server sends us to another address, where the
 // credential does not go.
 var ErrRedirect = errors.New("server sends us on to another address: name that one")
 
 // NewClient returns a client that believes the authorities in a PEM file, or
-// those of the system if there is none.
-func NewClient(caFile string) (*http.Client, error) {
+// those that out knows if there is none.
+func NewClient(caFile string, out Out) (*http.Client, error) {
 	conf := &tls.Config{MinVersion: tls.VersionTLS12}
 	if caFile != "" {
 		pem, err := os.ReadFile(caFile)
@@ -43,15 +47,21 @@ func NewClient(caFile string) (*http.Client, error) {
 			return nil, fmt.Errorf("ca_file %s: no certificate in it", caFile)
 		}
 	}
-	return &http.Client{
-		Timeout: exchangeTimeout,
-		// Nothing of the environment: a proxy would see the tokens.
-		Transport: &http.Transport{
-			TLSClientConfig: conf, TLSHandshakeTimeout: exchangeTimeout, ForceAttemptHTTP2: true,
-			MaxIdleConnsPerHost: 4, IdleConnTimeout: 30 * time.Second,
-		},
+	// Nothing of the environment: who started the agent does not say who sees where
+	// its tokens come from.
+	transport := &http.Transport{
+		TLSClientConfig: conf, TLSHandshakeTimeout: exchangeTimeout, ForceAttemptHTTP2: true,
+		MaxIdleConnsPerHost: 4, IdleConnTimeout: 30 * time.Second,
+	}
+	client := &http.Client{
+		Timeout: exchangeTimeout, Transport: transport,
+		// The token would go along.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}, nil
+	}
+	if out != nil {
+		client.Transport = out(transport)
+	}
+	return client, nil
 }
 
 // CheckURL wants an address without credentials and query, and https: or http
@@ -65,6 +75,14 @@ func CheckURL(text string, insecure bool) error {
 		return fmt.Errorf("%q: want https; tokens must not go in the clear (insecure: true lets them)", text)
 	}
 	return nil
+}
+
+// CheckServer is CheckURL of a server whose paths the issuer knows.
+func CheckServer(text string, insecure bool) error {
+	if u, err := url.Parse(text); err == nil && u.Path != "" {
+		return fmt.Errorf("%q: want https://HOST[:PORT], without a path", text)
+	}
+	return CheckURL(text, insecure)
 }
 
 func loopback(host string) bool {
