@@ -32,7 +32,8 @@ var (
 )
 
 // A Subject says whom a lease is for. Issuers that can bind a credential to
-// these facts do; all of them can put them where an auditor will find them.
+// these facts do; all of them can put them where an auditor will find them. What
+// is not known is "", and no issuer says so in the place of a fact.
 type Subject struct {
 	Provider   string `json:"provider"`
 	Repository string `json:"repository"`
@@ -41,8 +42,31 @@ type Subject struct {
 	Workflow   string `json:"workflow,omitempty"`
 	Event      string `json:"event,omitempty"`
 	Trust      string `json:"trust,omitempty"` // tier, as the policy saw it
-	Job        string `json:"job"`
-	Step       string `json:"step,omitempty"` // set if the lease is bound to one step
+	Job        string `json:"job"`             // its key in the workflow, the same in each run
+	Step       string `json:"step,omitempty"`  // set if the lease is bound to one step
+	Origin
+}
+
+// An Origin is what else is known of where a job comes from. A provider fills in
+// what its service vouches for; ids outlive names, which can be given to others.
+type Origin struct {
+	RepositoryID string `json:"repository_id,omitempty"`
+	OwnerID      string `json:"repository_owner_id,omitempty"`
+	RunID        string `json:"run_id,omitempty"` // of all jobs that one event started
+	RunNumber    string `json:"run_number,omitempty"`
+	RunAttempt   string `json:"run_attempt,omitempty"`
+	Actor        string `json:"actor,omitempty"` // who caused it, as the service says
+	ActorID      string `json:"actor_id,omitempty"`
+	HeadRef      string `json:"head_ref,omitempty"` // of a pull request, as BaseRef is
+	BaseRef      string `json:"base_ref,omitempty"`
+	Environment  string `json:"environment,omitempty"`  // that the service released the job for
+	WorkflowRef  string `json:"workflow_ref,omitempty"` // owner/name/path@ref of the workflow's file
+	WorkflowSHA  string `json:"workflow_sha,omitempty"` // of the commit that file is of
+
+	// JobID is the agent's name of the job, unique for ever, and Policy the digest of
+	// the policy that admitted it. The agent fills them in.
+	JobID  string `json:"job_id,omitempty"`
+	Policy string `json:"policy_digest,omitempty"`
 }
 
 // A Grant is what the policy lets a job have.

@@ -139,9 +139,7 @@ func (s *steps) issueOne(ctx context.Context, l policy.Lease) error {
 	if !ok {
 		return fmt.Errorf("lease %s: issuer %q is not configured", l.Name, l.Issuer)
 	}
-	subject := s.job.Subject
-	subject.Step, subject.Trust = l.Step, string(s.job.Trust)
-	grant := creds.Grant{Subject: subject, Scope: l.Scope, Expires: earlier(time.Now().Add(l.TTL), s.deadline)}
+	grant := creds.Grant{Subject: s.subject(l), Scope: l.Scope, Expires: earlier(time.Now().Add(l.TTL), s.deadline)}
 	name := leaseName(s.log.Job, l)
 	if err := s.audit(ctx, s.log.Job, "lease.request", name, nil, "issuer", l.Issuer, "step", l.Step,
 		"rule", s.plan.Rule, "scope", string(l.Scope), "delivery", l.Delivery(), "expires", stamp(grant.Expires)); err != nil {
@@ -168,6 +166,17 @@ func (s *steps) issueOne(ctx context.Context, l policy.Lease) error {
 	}
 	s.leases[l.Name] = holding{lease, stand}
 	return nil
+}
+
+// subject is whom a lease is for: what the provider knows of the job, and what the
+// agent does.
+func (s *steps) subject(l policy.Lease) creds.Subject {
+	who := s.job.Subject
+	who.Step, who.Trust, who.JobID, who.Policy = l.Step, string(s.job.Trust), s.log.Job, s.plan.Digest
+	if who.Actor == "" {
+		who.Actor = s.job.Actor
+	}
+	return who
 }
 
 // checkFields refuses a plan that wants a field that the lease does not have:

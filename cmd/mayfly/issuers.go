@@ -154,12 +154,21 @@ func (w *wiring) identityOf(name string, section configs.Section) (*oidc.Issuer,
 	}
 	identity, err := oidc.New(oidc.Config{
 		URL: own.URL, Algorithm: own.Algorithm, Lifetime: own.Lifetime, Rotate: own.Rotate, Subject: own.Subject,
-		Owner: w.state.Owner, Store: w.state.Safe("issuer-" + name),
+		Owner: w.state.Owner, Store: w.state.Safe("issuer-" + name), Facts: runnerFacts,
 	})
 	if err != nil {
 		return nil, section.Errorf("", "%w", err)
 	}
 	return identity, nil
+}
+
+// runnerFacts are what tokens say of this agent.
+func runnerFacts() map[string]string {
+	host, err := os.Hostname()
+	if err != nil {
+		return nil
+	}
+	return map[string]string{"runner": host}
 }
 
 // runOIDC writes what providers verify the agent's identity with, for any web

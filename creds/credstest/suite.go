@@ -102,7 +102,7 @@ func (h Harness) grant() creds.Grant {
 	return creds.Grant{
 		Subject: creds.Subject{
 			Provider: "local", Repository: "o/it's \"röd\"; drop", Ref: "refs/heads/main", SHA: strings.Repeat("a", 40),
-			Workflow: "ci", Event: "push", Job: "mf-1", Step: "s",
+			Workflow: "ci", Event: "push", Job: "build", Step: "s", Origin: creds.Origin{JobID: "mf-1", RunID: "17", Actor: "o'neill"},
 		},
 		Scope: h.Scope, Expires: time.Now().Add(lasts),
 	}

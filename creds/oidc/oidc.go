@@ -19,6 +19,7 @@ import (
 	"maps"
 	"net"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -37,7 +38,7 @@ const (
 )
 
 // DefaultSubject is the "sub" of a job's token unless Config.Subject is set.
-const DefaultSubject = "repository:{repository}:ref:{ref}:job:{job}"
+const DefaultSubject = "repository:{repository}:ref:{ref}:job:{job_id}"
 
 // A Store keeps the keys between lives of the agent, sealed.
 type Store interface {
@@ -56,7 +57,8 @@ type Config struct {
 	// Rotate is how long a key signs; 0 is 60 days.
 	Rotate time.Duration
 	// Subject is the form of "sub", with names of claims in braces. It must
-	// have {job}, so that no two jobs are the same to a provider.
+	// have {job_id}, so that no two jobs are the same to a provider. A job that
+	// lacks one of the claims gets no token: "" must not match what begins as it.
 	Subject string
 	// Owner is the installation's id.
 	Owner string
@@ -86,7 +88,7 @@ func (c Config) Validate() error {
 	wrong(c.Rotate != 0 && c.Rotate < overlap, "rotate %v: want %v at least", c.Rotate, overlap)
 	_, err = fill(c.subject(), map[string]any{}, true)
 	wrong(err != nil, "subject: %w", err)
-	wrong(!strings.Contains(c.subject(), "{job}"), "subject %q: want {job} in it; else all jobs of it are one to a provider", c.subject())
+	wrong(!strings.Contains(c.subject(), "{job_id}"), "subject %q: want {job_id} in it; else all jobs of it are one to a provider", c.subject())
 	wrong(c.Owner == "", "owner: missing; it is the installation's id")
 	return errors.Join(errs...)
 }
@@ -231,8 +233,11 @@ func fill(form string, claims map[string]any, check bool) (string, error) {
 			return "", fmt.Errorf("%q: want the name of a claim in braces", "{"+rest)
 		}
 		value, _ := claims[name].(string)
-		if check && !claimKnown(name) {
-			return "", fmt.Errorf("{%s}: no such claim", name)
+		switch {
+		case check && !slices.Contains(claimNames(), name):
+			return "", fmt.Errorf("{%s}: no such claim (known: %s)", name, strings.Join(claimNames(), ", "))
+		case !check && value == "":
+			return "", fmt.Errorf("sub: the form of subjects names {%s}, which is not known of this job", name)
 		}
 		b.WriteString(escape(value))
 		form = after
@@ -243,12 +248,14 @@ func fill(form string, claims map[string]any, check bool) (string, error) {
 	return b.String(), nil
 }
 
-func claimKnown(name string) bool {
-	switch name {
-	case "provider", "repository", "ref", "sha", "workflow", "event", "job", "step", "trust", "installation", "lease":
-		return true
+// claimNames are the claims that a token has beside those of RFC 7519. What is
+// not known of a job is not there.
+func claimNames() []string {
+	return []string{
+		"provider", "repository", "repository_id", "repository_owner_id", "ref", "sha", "head_ref", "base_ref",
+		"workflow", "workflow_ref", "workflow_sha", "event", "environment", "actor", "actor_id",
+		"run_id", "run_number", "run_attempt", "job", "job_id", "step", "trust", "policy_digest", "runner", "installation", "lease",
 	}
-	return false
 }
 
 func escape(value string) string {

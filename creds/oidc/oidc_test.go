@@ -51,7 +51,8 @@ func newIssuer(t testing.TB, change func(*oidc.Config)) (*oidc.Issuer, *clock) {
 }
 
 func subject() creds.Subject {
-	return creds.Subject{Provider: "gitea", Repository: "o/r", Ref: "refs/heads/main", SHA: "abc", Workflow: "ci.yml", Event: "push", Trust: "protected", Job: "mf-1"}
+	return creds.Subject{Provider: "gitea", Repository: "o/r", Ref: "refs/heads/main", SHA: "abc", Workflow: "ci.yml", Event: "push", Trust: "protected", Job: "build",
+		Origin: creds.Origin{JobID: "mf-1", Policy: "sha256:1", RunID: "17", Actor: "mona", RepositoryID: "4"}}
 }
 
 func keysOf(t testing.TB, i *oidc.Issuer) jose.JSONWebKeySet {
@@ -94,7 +95,7 @@ func TestToken(t *testing.T) {
 	for _, algorithm := range []string{"ES256", "RS256"} {
 		i, clock := newIssuer(t, func(c *oidc.Config) {
 			c.Algorithm = algorithm
-			c.Facts = func() map[string]string { return map[string]string{"policy_digest": "sha256:1", "empty": ""} }
+			c.Facts = func() map[string]string { return map[string]string{"runner": "host-1", "empty": ""} }
 		})
 		token, err := i.Mint(subject(), "vault", map[string]string{"lease": "l-1"})
 		if err != nil {
@@ -107,15 +108,18 @@ func TestToken(t *testing.T) {
 		}
 		for name, want := range map[string]string{
 			"sub": "repository:o/r:ref:refs/heads/main:job:mf-1", "provider": "gitea", "repository": "o/r", "ref": "refs/heads/main",
-			"sha": "abc", "workflow": "ci.yml", "event": "push", "trust": "protected", "job": "mf-1", "installation": "inst-1",
+			"sha": "abc", "workflow": "ci.yml", "event": "push", "trust": "protected", "job": "build", "job_id": "mf-1", "run_id": "17", "actor": "mona",
+			"repository_id": "4", "runner": "host-1", "installation": "inst-1",
 			"policy_digest": "sha256:1", "lease": "l-1", "jti": token.ID,
 		} {
 			if got[name] != want {
 				t.Errorf("%s: claim %s: got %v, want %s", algorithm, name, got[name], want)
 			}
 		}
-		if _, there := got["step"]; there {
-			t.Error("a claim that is empty is there")
+		for _, name := range []string{"step", "empty", "environment", "workflow_ref", "workflow_sha", "actor_id"} {
+			if v, there := got[name]; there {
+				t.Errorf("claim %s, which nobody knows, is there: %q", name, v)
+			}
 		}
 		if _, err := verify(token, set, "other", clock.now); !errors.Is(err, jwt.ErrInvalidAudience) {
 			t.Errorf("another audience: got %v", err)
@@ -157,17 +161,21 @@ func TestSubject(t *testing.T) {
 	if got, want := sub(i, s), "repository:o/r%3Aref%3Arefs/heads/main%3Ajob%3Ax%253A:ref:refs/heads/main:job:mf-1"; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
-	own, _ := newIssuer(t, func(c *oidc.Config) { c.Subject = "{trust}/{repository}/{job}" })
-	if got := sub(own, subject()); got != "protected/o/r/mf-1" {
+	own, _ := newIssuer(t, func(c *oidc.Config) { c.Subject = "{trust}/{repository}/{run_id}/{job_id}" })
+	if got := sub(own, subject()); got != "protected/o/r/17/mf-1" {
 		t.Errorf("own form: got %s", got)
 	}
 	if got := sub(i, creds.Subject{}); got != "installation:inst-1" {
 		t.Errorf("the agent itself: got %s", got)
 	}
-	posing, _ := newIssuer(t, func(c *oidc.Config) { c.Subject = "{provider}:{job}" })
-	s.Provider, s.Job = "installation", "inst-1"
+	posing, _ := newIssuer(t, func(c *oidc.Config) { c.Subject = "{provider}:{job_id}" })
+	s.Provider, s.JobID = "installation", "inst-1"
 	if token, err := posing.Mint(s, "a", nil); err == nil {
 		t.Errorf("a job that poses as the agent: got %v, want it refused", token)
+	}
+	env, _ := newIssuer(t, func(c *oidc.Config) { c.Subject = "{environment}:{job_id}" })
+	if token, err := env.Mint(subject(), "a", nil); err == nil || !strings.Contains(err.Error(), "{environment}") {
+		t.Errorf("a job of no environment: got %v, %v, want it refused", token, err)
 	}
 	for _, extra := range []string{"sub", "aud", "exp", "repository", "installation"} {
 		if _, err := i.Mint(subject(), "a", map[string]string{extra: "x"}); err == nil {
@@ -303,12 +311,12 @@ func TestValidate(t *testing.T) {
 		"algorithm":           func(c *oidc.Config) { c.Algorithm = "none" },
 		"lifetime":            func(c *oidc.Config) { c.Lifetime = time.Hour },
 		"rotate":              func(c *oidc.Config) { c.Rotate = time.Minute },
-		"{job}":               func(c *oidc.Config) { c.Subject = "repository:{repository}" },
-		"no such claim":       func(c *oidc.Config) { c.Subject = "{job}{actor}" },
-		"in braces":           func(c *oidc.Config) { c.Subject = "{job}{ref" },
+		"{job_id}":            func(c *oidc.Config) { c.Subject = "repository:{repository}" },
+		"no such claim":       func(c *oidc.Config) { c.Subject = "{job_id}{secret}" },
+		"in braces":           func(c *oidc.Config) { c.Subject = "{job_id}{ref" },
 		"installation's id":   func(c *oidc.Config) { c.Owner = "" },
-		"must not begin with": func(c *oidc.Config) { c.Subject = "installation:{job}" },
-		"} without {":         func(c *oidc.Config) { c.Subject = "{job}}" },
+		"must not begin with": func(c *oidc.Config) { c.Subject = "installation:{job_id}" },
+		"} without {":         func(c *oidc.Config) { c.Subject = "{job_id}}" },
 	} {
 		c := oidc.Config{URL: issuer, Owner: "inst-1", Store: &store{}}
 		change(&c)
@@ -326,8 +334,10 @@ func FuzzSubject(f *testing.F) {
 	set := keysOf(f, i)
 	f.Fuzz(func(t *testing.T, repo, ref, job, repo2, ref2, job2 string) {
 		var subs []string
-		for _, s := range []creds.Subject{{Repository: repo, Ref: ref, Job: job}, {Repository: repo2, Ref: ref2, Job: job2}} {
-			if s.Job == "" {
+		for _, s := range []creds.Subject{
+			{Repository: repo, Ref: ref, Job: "j", Origin: creds.Origin{JobID: job}}, {Repository: repo2, Ref: ref2, Job: "j", Origin: creds.Origin{JobID: job2}},
+		} {
+			if s.JobID == "" || s.Repository == "" || s.Ref == "" {
 				return
 			}
 			token, err := i.Mint(s, "a", nil)

@@ -29,10 +29,7 @@ func (i *Issuer) Discovery() ([]byte, error) {
 		"response_types_supported":              []string{"id_token"},
 		"subject_types_supported":               []string{"public"},
 		"id_token_signing_alg_values_supported": []string{es256, rs256},
-		"claims_supported": []string{
-			"iss", "sub", "aud", "exp", "nbf", "iat", "jti", "provider", "repository", "ref", "sha", "workflow",
-			"event", "job", "step", "trust", "installation", "lease",
-		},
+		"claims_supported":                      append([]string{"iss", "sub", "aud", "exp", "nbf", "iat", "jti"}, claimNames()...),
 	}, "", "  ")
 }
 

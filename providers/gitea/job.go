@@ -1,11 +1,14 @@
 package gitea
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
+	"math"
 	"net/url"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -45,7 +48,7 @@ func (p *Provider) facts(context map[string]any) (workflow.Facts, error) {
 	f := workflow.Facts{Actor: text("actor"), Trust: providers.TrustFork}
 	f.Subject = creds.Subject{
 		Provider: p.config.Provider, Repository: text("repository"), Ref: text("ref"), SHA: text("sha"),
-		Workflow: text("workflow"), Event: text("event_name"),
+		Workflow: text("workflow"), Event: text("event_name"), Origin: origin(context),
 	}
 	s := f.Subject
 	for _, key := range slices.Sorted(maps.Keys(context)) {
@@ -101,6 +104,35 @@ func trust(context map[string]any, s creds.Subject) providers.Trust {
 		return providers.TrustProtected
 	}
 	return providers.TrustBranch
+}
+
+// origin is what Gitea 1.27 says of a run beside its commit. Ids are in the event,
+// which is believed about the repository and the user that it names, if they are
+// the job's.
+func origin(context map[string]any) creds.Origin {
+	text := func(key string) string { s, _ := context[key].(string); return s }
+	o := creds.Origin{
+		RepositoryID: text("repository_id"), OwnerID: text("repository_owner_id"), ActorID: text("actor_id"),
+		RunID: text("run_id"), RunNumber: text("run_number"), RunAttempt: text("run_attempt"), Actor: text("actor"),
+		HeadRef: text("head_ref"), BaseRef: text("base_ref"), WorkflowRef: text("workflow_ref"), WorkflowSHA: text("workflow_sha"),
+	}
+	if name := text("repository"); name != "" && child(context, "event", "repository", "full_name") == name {
+		o.RepositoryID = cmp.Or(o.RepositoryID, id(child(context, "event", "repository", "id")))
+		o.OwnerID = cmp.Or(o.OwnerID, id(child(context, "event", "repository", "owner", "id")))
+	}
+	if o.Actor != "" && child(context, "event", "sender", "login") == o.Actor {
+		o.ActorID = cmp.Or(o.ActorID, id(child(context, "event", "sender", "id")))
+	}
+	return o
+}
+
+// id is a number of JSON that names something, "" if it is none.
+func id(v any) string {
+	n, _ := v.(float64)
+	if n < 1 || n > 1<<53 || n != math.Trunc(n) {
+		return ""
+	}
+	return strconv.FormatInt(int64(n), 10)
 }
 
 // job builds the job. Beside what workflow.Workflow.Job sets, the github context

@@ -47,7 +47,11 @@ func TestJob(t *testing.T) {
 		Steps: 1, RunsOn: []string{"linux"}, Secrets: map[string]string{"MINE": "s3cret"}, Vars: map[string]string{"V": "v"},
 		Needs: map[string]fakegitea.Need{"build": {Result: fakegitea.Success, Outputs: map[string]string{"d": "abc"}}},
 	})
-	want := creds.Subject{Provider: "forge", Repository: "acme/app", Ref: "refs/heads/main", SHA: strings.Repeat("ab", 20), Workflow: "ci.yml", Event: "push", Job: "test"}
+	want := creds.Subject{Provider: "forge", Repository: "acme/app", Ref: "refs/heads/main", SHA: strings.Repeat("ab", 20), Workflow: "ci.yml", Event: "push", Job: "test",
+		Origin: creds.Origin{RunID: job.Subject.RunID, RunNumber: "1", RunAttempt: "1", Actor: "mona"}}
+	if job.Subject.RunID == "" {
+		t.Error("the job has no run id")
+	}
 	if job.Subject != want || job.Actor != "mona" || job.Trust != providers.TrustBranch || !slices.Equal(job.Labels, c.Labels) || job.ByName || len(job.Steps) != 1 {
 		t.Errorf("job = %+v, want one of %+v", job, want)
 	}
@@ -116,6 +120,44 @@ func TestTrust(t *testing.T) {
 		got := trust(c.context, creds.Subject{Repository: "acme/app", Event: c.event, Ref: c.ref})
 		if got != c.want {
 			t.Errorf("%s of %s with %v: trust %q, want %q", c.event, c.ref, c.context, got, c.want)
+		}
+	}
+}
+
+// TestOrigin: ids are those of the job's own repository and actor, or unknown.
+func TestOrigin(t *testing.T) {
+	t.Parallel()
+	with := func(change func(context, event map[string]any)) creds.Origin {
+		event := map[string]any{
+			"repository": map[string]any{"full_name": "acme/app", "id": 42.0, "owner": map[string]any{"id": 7.0}},
+			"sender":     map[string]any{"login": "mona", "id": 9.0},
+		}
+		context := map[string]any{"repository": "acme/app", "actor": "mona", "run_id": "17", "event": event}
+		change(context, event)
+		return origin(context)
+	}
+	all := creds.Origin{RepositoryID: "42", OwnerID: "7", ActorID: "9", RunID: "17", Actor: "mona"}
+	if got := with(func(_, _ map[string]any) {}); got != all {
+		t.Errorf("got %+v, want %+v", got, all)
+	}
+	if got := with(func(c, _ map[string]any) { c["repository_id"] = "43" }); got.RepositoryID != "43" {
+		t.Errorf("what the context says: got %+v", got)
+	}
+	for what, change := range map[string]func(c, e map[string]any){
+		"an event of others": func(c, _ map[string]any) { c["repository"], c["actor"] = "acme/other", "eve" },
+		"no event":           func(c, _ map[string]any) { delete(c, "event") },
+		"an event of text":   func(c, _ map[string]any) { c["event"] = "acme/app" },
+		"an id of text": func(_, e map[string]any) {
+			e["repository"] = map[string]any{"full_name": "acme/app", "id": "42"}
+			e["sender"] = map[string]any{"login": "mona", "id": 1.5}
+		},
+		"an id of none": func(_, e map[string]any) {
+			e["repository"] = map[string]any{"full_name": "acme/app", "id": 0.0}
+			e["sender"] = map[string]any{"login": "mona", "id": -1.0}
+		},
+	} {
+		if got := with(change); got.RepositoryID+got.OwnerID+got.ActorID != "" {
+			t.Errorf("%s: got %+v, want no ids", what, got)
 		}
 	}
 }

@@ -183,6 +183,7 @@ func (p *Provider) job(rec record) (providers.Job, error) {
 	job := p.bare(rec.ID)
 	job.Actor = j.Actor
 	job.Subject = creds.Subject{Provider: p.config.Provider, Repository: j.Repository, Ref: j.Ref, SHA: rec.SHA, Workflow: j.Workflow, Event: j.Event, Job: j.Job}
+	job.Subject.Origin = creds.Origin{RunID: rec.ID, RunNumber: "1", RunAttempt: "1", Actor: j.Actor}
 	if rec.Bad != "" {
 		return job, bad("%s", rec.Bad)
 	}
