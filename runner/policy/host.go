@@ -42,6 +42,8 @@ func (h *host) UnmarshalText(b []byte) error {
 		return fmt.Errorf("name %q is not a host name: write letters, digits, - and dots, without scheme, port or path", text)
 	case strings.Trim(last, "0123456789") == "" || strings.HasPrefix(last, "0x"):
 		return fmt.Errorf("name %q looks like an address and is none", text)
+	case name == egress.Reserved || strings.HasSuffix(name, "."+egress.Reserved):
+		return fmt.Errorf("name %q: what is below %s is the agent's own", text, egress.Reserved)
 	case last == "localhost":
 		return fmt.Errorf("name %q is the box itself: give the service a name of its own and say resolve: [127.0.0.1]", text)
 	}

@@ -180,6 +180,9 @@ type Opening struct {
 	Learn *Learning
 	// Publish are listeners in the box, from Attach on. Not with a Parent.
 	Publish []Published
+	// Serve are names that the agent answers for itself. With a Parent, as rules
+	// are.
+	Serve []Served
 	// Terminate are names, beside those of Rules, that the authority is made
 	// for: those of HTTPS rules that come later, with this one as their Parent.
 	Terminate []string

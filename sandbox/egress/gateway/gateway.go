@@ -219,6 +219,9 @@ func (g *Gateway) Open(ctx context.Context, name string, o egress.Opening) error
 	if err := b.admit(s, grants, g.cfg.Names); err != nil {
 		return fmt.Errorf("gateway %s: %w", name, err)
 	}
+	if err := g.serveLocal(s, o.Serve); err != nil {
+		return errors.Join(fmt.Errorf("gateway %s: %w", name, err), b.withdraw(s))
+	}
 	g.scopes[name] = s
 	g.cfg.Trace("gateway.opened")
 	return nil

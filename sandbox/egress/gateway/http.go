@@ -178,7 +178,9 @@ func (x *exchange) serve(w http.ResponseWriter, r *http.Request) {
 			err = refused("%v", errWithdrawn)
 		} else {
 			defer c.box.leave(v.grant.scope, v)
-			v.line.Dialled, err = x.connect(ctx)
+			if v.grant.answers == nil {
+				v.line.Dialled, err = x.connect(ctx)
+			}
 		}
 	}
 	if err == nil {
@@ -277,7 +279,11 @@ func (x *exchange) forward(w http.ResponseWriter, r *http.Request, v *visit) {
 		}
 		_ = v.book(c).line(line) // nothing is left to refuse; Close tells of it
 	}()
-	x.proxy.ServeHTTP(v.answer, r) // panics to break the connection off, which net/http does
+	if v.grant.answers != nil {
+		x.answer(v, r)
+	} else {
+		x.proxy.ServeHTTP(v.answer, r) // panics to break the connection off, which net/http does
+	}
 	if v.answer.err == nil {
 		v.answer.err = v.answer.finish()
 	}

@@ -29,7 +29,7 @@ func unlearned() []string { return []string{"invalid", "localhost", "onion"} }
 
 // learns says whether the box may use a name that no rule allows.
 func (b *box) learns(name string) bool {
-	return b.learn != nil && !slices.Contains(unlearned(), name[strings.LastIndexByte(name, '.')+1:])
+	return b.learn != nil && !reserved(name) && !slices.Contains(unlearned(), name[strings.LastIndexByte(name, '.')+1:])
 }
 
 // learned is what a box that learns may do with a port of a name without a rule.

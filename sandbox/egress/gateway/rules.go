@@ -30,6 +30,12 @@ func validate(o egress.Opening) error {
 	}
 	for _, r := range o.Rules.Allow {
 		add(r, validateRule(r))
+		if reserved(r.Name) {
+			add(r, fmt.Errorf("name %s: names of %s are the agent's own", r.Name, egress.Reserved))
+		}
+	}
+	for _, s := range o.Serve {
+		add(s.Rule, validateServed(s, o.Parent))
 	}
 	if o.Parent != "" && o.Learn != nil {
 		all = append(all, fmt.Errorf("%w: learning belongs to the gateway that has the box", egress.ErrBadRules))

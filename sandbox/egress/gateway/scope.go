@@ -4,6 +4,8 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"slices"
@@ -58,7 +60,8 @@ type scope struct {
 	wg   sync.WaitGroup
 	// Guarded by box.mu.
 	closed bool
-	ends   map[any]func() // how to end the connections and the requests of the scope
+	ends   map[any]func()     // how to end the connections and the requests of the scope
+	own    []*net.TCPListener // in the box, of names that are served
 }
 
 func newScope(name string, b *box, ledger egress.Ledger) *scope {
@@ -94,6 +97,7 @@ type grant struct {
 	into    *box           // of a rule with a Service
 	narrows []*narrow      // the rule's Requests
 	inject  *injection
+	answers http.Handler // of a name that is served
 }
 
 // A destination is a name of a box. It keeps its address for as long as the box
@@ -162,6 +166,9 @@ func (b *box) admit(s *scope, rules []grant, limit int) error {
 			fresh[r.Name] = true
 		} else if err := conflict(d.grants, r.Rule); err != nil {
 			return err
+		}
+		if r.answers != nil && (d != nil && len(d.grants) > 0 || slices.ContainsFunc(rules[:i], func(e grant) bool { return e.Name == r.Name })) {
+			return fmt.Errorf("%w: %s: %s is served already", egress.ErrBadRules, cite(r.Rule), r.Name)
 		}
 		for _, earlier := range rules[:i] {
 			if earlier.Name == r.Name {
@@ -345,6 +352,9 @@ func (b *box) withdraw(s *scope) error {
 		}
 		for _, end := range s.ends {
 			end()
+		}
+		for _, l := range s.own {
+			_ = l.Close() // nobody else does
 		}
 	}
 	b.scopes = slices.DeleteFunc(b.scopes, func(s *scope) bool { return s.closed })

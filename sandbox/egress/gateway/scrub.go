@@ -57,6 +57,9 @@ func (a *answered) WriteHeader(code int) {
 	if a.scrub != nil {
 		a.scrub.header(a.Header())
 	}
+	if code >= http.StatusOK {
+		a.status = code
+	}
 	a.ResponseWriter.WriteHeader(code)
 }
 

@@ -29,6 +29,9 @@ func (g *Gateway) grants(o egress.Opening) ([]grant, []published, error) {
 		}
 		all = append(all, grant{Rule: r, into: into, narrows: narrows(r.Requests), inject: newInjection(r.Inject)})
 	}
+	for _, s := range o.Serve {
+		all = append(all, grant{Rule: s.Rule, answers: s.Handler})
+	}
 	var ports []published
 	for _, p := range o.Publish {
 		into, err := g.into(p.Rule)
