@@ -46,6 +46,14 @@ func ends() []string {
 	}
 }
 
+// outages are the clauses that are about a provider which does not answer.
+func outages() []string {
+	return []string{
+		"probing while the backend is down is neither", "revoking while the backend is down fails",
+		"a context that ends while nobody answers is honoured",
+	}
+}
+
 func checkUsable(ctx context.Context, h Harness) error {
 	return h.issue(ctx, func(_ string, l creds.Lease) error {
 		if len(l.Values) == 0 {

@@ -132,12 +132,17 @@ func checkSecrets(ctx context.Context, h Harness) error {
 		}
 		probe()
 		list()
-		err = while(ctx, h.Down, h.Up, func() error {
+		down := func() error {
 			probe()
 			list()
 			seen.add(h.Issuer.Revoke(ctx, name, l.Handle))
 			return nil
-		})
+		}
+		if h.Inside {
+			err = down()
+		} else {
+			err = while(ctx, h.Down, h.Up, down)
+		}
 		if err != nil {
 			return err
 		}

@@ -51,8 +51,10 @@ func newIssuer(t testing.TB, change func(*oidc.Config)) (*oidc.Issuer, *clock) {
 }
 
 func subject() creds.Subject {
-	return creds.Subject{Provider: "gitea", Repository: "o/r", Ref: "refs/heads/main", SHA: "abc", Workflow: "ci.yml", Event: "push", Trust: "protected", Job: "build",
-		Origin: creds.Origin{JobID: "mf-1", Policy: "sha256:1", RunID: "17", Actor: "mona", RepositoryID: "4"}}
+	return creds.Subject{
+		Provider: "gitea", Repository: "o/r", Ref: "refs/heads/main", SHA: "abc", Workflow: "ci.yml", Event: "push", Trust: "protected", Job: "build",
+		Origin: creds.Origin{JobID: "mf-1", Policy: "sha256:1", RunID: "17", Actor: "mona", RepositoryID: "4"},
+	}
 }
 
 func keysOf(t testing.TB, i *oidc.Issuer) jose.JSONWebKeySet {

@@ -47,8 +47,10 @@ func TestJob(t *testing.T) {
 		Steps: 1, RunsOn: []string{"linux"}, Secrets: map[string]string{"MINE": "s3cret"}, Vars: map[string]string{"V": "v"},
 		Needs: map[string]fakegitea.Need{"build": {Result: fakegitea.Success, Outputs: map[string]string{"d": "abc"}}},
 	})
-	want := creds.Subject{Provider: "forge", Repository: "acme/app", Ref: "refs/heads/main", SHA: strings.Repeat("ab", 20), Workflow: "ci.yml", Event: "push", Job: "test",
-		Origin: creds.Origin{RunID: job.Subject.RunID, RunNumber: "1", RunAttempt: "1", Actor: "mona"}}
+	want := creds.Subject{
+		Provider: "forge", Repository: "acme/app", Ref: "refs/heads/main", SHA: strings.Repeat("ab", 20), Workflow: "ci.yml", Event: "push", Job: "test",
+		Origin: creds.Origin{RunID: job.Subject.RunID, RunNumber: "1", RunAttempt: "1", Actor: "mona"},
+	}
 	if job.Subject.RunID == "" {
 		t.Error("the job has no run id")
 	}
