@@ -76,10 +76,11 @@ func (l *life) admit(ctx context.Context) (policy.Plan, error) {
 	err = errors.Join(err, l.audit(ctx, l.log.Job, "job.admit", s.Job, err, append(narrowed,
 		"provider", s.Provider, "repository", s.Repository, "ref", s.Ref, "sha", s.SHA, "workflow", s.Workflow,
 		"event", s.Event, "actor", l.job.Actor, "trust", string(l.job.Trust),
-		"policy", rules.Digest(), "rule", plan.Rule, "runtime", plan.Runtime, "image", plan.Image, "isolation", string(plan.Isolation))...))
+		"unmet", unmet(plan), "policy", rules.Digest(), "rule", plan.Rule, "runtime", plan.Runtime, "image", plan.Image, "isolation", string(plan.Isolation))...))
 	if err != nil {
 		return plan, err
 	}
+	l.tellUnmet(plan)
 	runs, err := workflow.JobCondition(l.job.If, l.job.Contexts)
 	if err != nil {
 		return plan, fmt.Errorf("%w: if: %w", providers.ErrBadJob, err)

@@ -104,6 +104,7 @@ func confinements() []confinement {
 		{"golang.org/x/crypto", "creds/ssh sandbox/egress/gateway sandbox/egress/egresstest test/...", "creds/ssh", "one issuer signs SSH certificates"},
 		{"golang.org/x/oauth2", "creds/oauth2", "", "one issuer speaks OAuth 2.0"},
 		{"github.com/aws/aws-sdk-go-v2", "creds/aws test/miniotest", "creds/aws", "signs requests; its clients are not taken"},
+		{"github.com/google/cel-go", "runner/policy", "", "conditions of a policy, and of nothing else"},
 		{"github.com/google/go-github/v60", "creds/githubapp", "", "one issuer speaks to GitHub"},
 		{"github.com/jackc/pgx/v5", "creds/postgres test/...", "creds/postgres runner cmd/mayfly", "one issuer speaks PostgreSQL"},
 		{"github.com/rhysd/actionlint", "providers/workflow", "providers/workflow", "a parser with types of its own: they end at the package that uses it"},

@@ -167,16 +167,17 @@ func (w *wiring) checkProvider(name string, section configs.Section) error {
 
 // jobFile is what "policy explain" reads: the facts that rules are about.
 type jobFile struct {
-	Provider   string          `json:"provider"`
-	Repository string          `json:"repository"`
-	Ref        string          `json:"ref"`
-	SHA        string          `json:"sha"`
-	Workflow   string          `json:"workflow"`
-	Event      string          `json:"event"`
-	Job        string          `json:"job"`
-	Actor      string          `json:"actor"`
-	Trust      providers.Trust `json:"trust"`
-	Steps      []string        `json:"steps"` // ids
+	Provider    string          `json:"provider"`
+	Repository  string          `json:"repository"`
+	Ref         string          `json:"ref"`
+	SHA         string          `json:"sha"`
+	Workflow    string          `json:"workflow"`
+	Event       string          `json:"event"`
+	Environment string          `json:"environment"`
+	Job         string          `json:"job"`
+	Actor       string          `json:"actor"`
+	Trust       providers.Trust `json:"trust"`
+	Steps       []string        `json:"steps"` // ids
 }
 
 func runPolicy(c *call) error {
@@ -254,7 +255,7 @@ func readJob(path string) (providers.Job, error) {
 	job := providers.Job{
 		Subject: creds.Subject{
 			Provider: f.Provider, Repository: f.Repository, Ref: f.Ref, SHA: f.SHA,
-			Workflow: f.Workflow, Event: f.Event, Job: f.Job,
+			Workflow: f.Workflow, Event: f.Event, Job: f.Job, Origin: creds.Origin{Environment: f.Environment},
 		},
 		Actor: f.Actor, Trust: f.Trust,
 	}
@@ -326,6 +327,9 @@ func explain(e policy.Explanation) string {
 	}
 	if len(p.Egress)+len(p.Leases)+len(p.Mode) == 0 {
 		b.WriteString("  no way out and no credentials\n")
+	}
+	for _, u := range p.Unmet {
+		fmt.Fprintf(&b, "  not granted: %s, since %s is false: %s\n", u.What, u.At, u.When)
 	}
 	for _, step := range e.AbsentSteps {
 		fmt.Fprintf(&b, "  the job has no step %s: what is only for that is never given\n", step)

@@ -73,6 +73,7 @@ type caseJobNode struct {
 	Job        string      `yaml:"job"`
 	Actor      string      `yaml:"actor"`
 	Trust      tier        `yaml:"trust,required"`
+	Released   string      `yaml:"environment"`
 	Steps      *[]stepID   `yaml:"steps"`
 }
 
@@ -139,7 +140,7 @@ func (n caseJobNode) job() providers.Job {
 	j := providers.Job{
 		Subject: creds.Subject{
 			Provider: n.Provider, Repository: n.Repository, Ref: n.Ref, SHA: n.SHA,
-			Workflow: n.Workflow, Event: n.Event, Job: n.Job,
+			Workflow: n.Workflow, Event: n.Event, Job: n.Job, Origin: creds.Origin{Environment: n.Released},
 		},
 		Actor: n.Actor, Trust: providers.Trust(n.Trust),
 	}
@@ -211,7 +212,8 @@ func (p *Policy) whyNot(name string, j providers.Job) string {
 		return ", which the policy does not have"
 	}
 	var why []string
-	for _, m := range p.rules[i].match.mismatches(j) {
+	mismatches, _ := p.rules[i].judge(j) // what could not be answered is among them
+	for _, m := range mismatches {
 		why = append(why, fmt.Sprintf("%s is %q, it wants %s", m.Field, m.Got, strings.Join(m.Want, " or ")))
 	}
 	if len(why) == 0 {

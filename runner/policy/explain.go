@@ -11,7 +11,8 @@ type Explanation struct {
 	Digest string  `json:"digest"`
 	Trials []Trial `json:"trials"`         // every rule, in the order of the file
 	Plan   *Plan   `json:"plan,omitempty"` // nil if the job is refused
-	// Refused says why the rule that matches refuses the job; empty if none does.
+	// Refused says why the rule that matches, or whose condition cannot be answered,
+	// refuses the job; empty if there is none.
 	Refused string `json:"refused,omitempty"`
 	// AbsentSteps are steps that the plan names and the job does not have, so
 	// that their grants are never held. A slip in either file ends up here.
@@ -37,20 +38,39 @@ type Mismatch struct {
 // Explain says how each rule judges j, and the plan that follows.
 func (p *Policy) Explain(j providers.Job) Explanation {
 	e := Explanation{Digest: p.digest}
+	decided := false
 	for _, r := range p.rules {
-		t := Trial{Rule: r.plan.Rule, Mismatches: r.match.mismatches(j)}
-		t.Matched = len(t.Mismatches) == 0
+		mismatches, err := r.judge(j)
+		t := Trial{Rule: r.plan.Rule, Mismatches: mismatches, Matched: len(mismatches) == 0}
 		e.Trials = append(e.Trials, t)
+		decided = decided || t.Matched || err != nil
 	}
 	plan, err := p.Decide(j)
-	switch matched := slices.ContainsFunc(e.Trials, func(t Trial) bool { return t.Matched }); {
+	switch {
 	case err == nil:
 		e.Plan = &plan
 		e.AbsentSteps = absent(plan, j)
-	case matched:
+	case decided:
 		e.Refused = err.Error()
 	}
 	return e
+}
+
+// judge says what of the rule the job does not match. The condition is asked only if
+// all else does.
+func (r rule) judge(j providers.Job) ([]Mismatch, error) {
+	mismatches := r.match.mismatches(j)
+	if len(mismatches) > 0 {
+		return mismatches, nil
+	}
+	is, err := r.when.holds(j)
+	if err != nil {
+		return []Mismatch{{"when", err.Error(), []string{r.when.text}}}, err
+	}
+	if !is {
+		return []Mismatch{{"when", "false", []string{r.when.text}}}, nil
+	}
+	return nil, nil
 }
 
 // mismatches is the only place that compares a rule with a job.

@@ -43,6 +43,7 @@ type optionsNode struct {
 	Narrow bool     `yaml:"narrow"`
 	Mode   mode     `yaml:"mode"`
 	Token  delivery `yaml:"provider-token"`
+	When   when     `yaml:"when"`
 }
 
 type match struct {
@@ -75,6 +76,7 @@ type egressNode struct {
 	Step     stepID         `yaml:"step"`
 	Service  serviceID      `yaml:"service"`
 	Purpose  purpose        `yaml:"purpose"`
+	When     when           `yaml:"when"`
 }
 
 type leaseNode struct {
@@ -89,6 +91,7 @@ type leaseNode struct {
 	Broker []brokerNode       `yaml:"broker"`
 	Login  []loginNode        `yaml:"login"`
 	Clear  []field            `yaml:"clear"`
+	When   when               `yaml:"when"`
 }
 
 // decode reads the file and reports everything that is wrong with it.
@@ -108,12 +111,13 @@ func decode(src []byte, file string) ([]rule, error) {
 	}
 	names := map[ruleName]strict.Pos{}
 	var rules []rule
+	compiler := &conditions{}
 	for _, n := range f.Rules {
 		if first, seen := names[n.Name]; seen && n.Name != "" {
 			errs = append(errs, n.Self.At("name").Errorf("rule %s is already at %s", n.Name, first))
 		}
 		names[n.Name] = n.Self.Pos()
-		r, err := n.rule()
+		r, err := n.rule(compiler)
 		errs = append(errs, err)
 		rules = append(rules, r)
 	}
@@ -124,14 +128,20 @@ func decode(src []byte, file string) ([]rule, error) {
 }
 
 // rule turns one rule of the file into what Decide uses.
-func (n ruleNode) rule() (rule, error) {
+func (n ruleNode) rule(compiler *conditions) (rule, error) {
 	r := rule{match: n.Match, plan: n.basics()}
 	r.plan.Isolation, r.plan.Narrows, r.plan.Mode, r.plan.Token = sandbox.Isolation(n.Wall), n.Options.Narrow, string(n.Options.Mode), Delivery(n.Options.Token)
 	var out []placed
-	var errs []error
+	when, err := compiler.compile(n.Self)
+	r.when = when
+	errs := []error{err}
 	for _, e := range n.Egress {
 		all, err := e.expand()
-		errs = append(errs, err)
+		when, werr := compiler.compile(e.Self)
+		for i := range all {
+			all[i].when = when
+		}
+		errs = append(errs, err, werr)
 		out = append(out, all...)
 	}
 	for _, p := range out {
@@ -149,6 +159,8 @@ func (n ruleNode) rule() (rule, error) {
 		}
 		names[l.Name] = true
 		lease, err := l.lease()
+		when, werr := compiler.compile(l.Self)
+		errs, lease.when = append(errs, werr), when
 		if errs = append(errs, err); l.Name == n.Pull && n.Pull != "" {
 			lease.Step = PullStep
 		} else {
@@ -172,6 +184,8 @@ func (n ruleNode) checkPull() error {
 	for _, l := range n.Leases {
 		switch {
 		case l.Name != n.Pull:
+		case l.When != "":
+			return l.Self.At("when").Errorf("the image could not be pulled without lease %s: write the condition into the rule", l.Name)
 		case len(l.Env) > 0 || len(l.Files) > 0 || len(l.Broker)+len(l.Login) > 0 || l.Step != "":
 			return l.Self.Errorf("lease %s is what the image is pulled with, and no step may see it: remove step, env, files, broker and login", l.Name)
 		default:

@@ -62,6 +62,8 @@ type Options struct {
 	Mode string `json:"mode,omitempty"`
 	// Token is what the job has of the token that the provider gave it.
 	Token Delivery `json:"provider_token,omitempty"`
+	// Unmet is what the rule would grant if its condition held for this job.
+	Unmet []Unmet `json:"unmet,omitempty"`
 }
 
 // A Delivery is how a job gets a credential that the provider put into it.
@@ -84,6 +86,8 @@ type Egress struct {
 	// without that step never gets it.
 	Step string      `json:"step,omitempty"`
 	Rule egress.Rule `json:"rule"` // Rule.ID is "policy.yaml:19"
+
+	when *condition
 }
 
 // A Lease is a credential to be minted for the job, or for one step of it.
@@ -104,6 +108,8 @@ type Lease struct {
 	// and Files get placeholders of these values, but for those that Clear names.
 	Broker []Broker `json:"broker,omitempty"`
 	Clear  []string `json:"clear,omitempty"`
+
+	when *condition
 }
 
 // InClear are the values and facts that the job itself gets, without those that
@@ -149,6 +155,7 @@ type Policy struct {
 // A rule is what jobs it matches and the plan that they get.
 type rule struct {
 	match match
+	when  *condition
 	plan  Plan // as the rule says, before the job's own wishes
 }
 
@@ -189,13 +196,17 @@ func Nothing() *Policy {
 func (p *Policy) Digest() string { return p.digest }
 
 // Decide returns what j may have. The error wraps ErrDenied if no rule matches,
-// or if a fact of the job that the rule puts into a path is not safe there.
+// if a condition on the way cannot be answered, or if a fact of the job that the
+// rule puts into a path is not safe there.
 //
 // A grant for a step that j does not have stays in the plan and is never
 // held, since that step never starts; Explain names such steps.
 func (p *Policy) Decide(j providers.Job) (Plan, error) {
 	for _, r := range p.rules {
-		if len(r.match.mismatches(j)) == 0 {
+		switch mismatches, err := r.judge(j); {
+		case err != nil:
+			return Plan{}, err
+		case len(mismatches) == 0:
 			return r.grant(j)
 		}
 	}
@@ -207,6 +218,9 @@ func (p *Policy) Decide(j providers.Job) (Plan, error) {
 // grant is the plan of the rule for one job, with the job's facts in it.
 func (r rule) grant(j providers.Job) (Plan, error) {
 	plan := r.offer(j)
+	if err := plan.ask(j); err != nil {
+		return Plan{}, err
+	}
 	var errs []error
 	for i, e := range plan.Egress {
 		filled, err := fill(e.Rule, j)

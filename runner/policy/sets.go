@@ -53,8 +53,8 @@ func (e egressNode) expand() ([]placed, error) {
 	}
 	var all []placed
 	for _, n := range f.Egress {
-		if n.Set != "" || n.Step != "" || n.Service != "" {
-			return nil, n.Self.Errorf("a set names no set, step or service")
+		if n.Set != "" || n.Step != "" || n.Service != "" || n.When != "" {
+			return nil, n.Self.Errorf("a set names no set, step or service, and has no condition")
 		}
 		if err := n.check(); err != nil {
 			return nil, err
