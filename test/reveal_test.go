@@ -43,6 +43,7 @@ var revealers = map[string]string{
 	"sandbox/egress/gateway/inject.go (*injected).apply":         "the credential leaves for the destination that its rule names, whose certificate was verified",
 	"sandbox/egress/gateway/inject.go newInjection":              "a user and the credential encoded together are hidden together",
 	"sandbox/egress/gateway/login.go clientKey":                  "the key signs in this process, to a destination whose host key the rule has",
+	"sandbox/egress/gateway/oci.go (*injected).fillForm":         "the password leaves for the realm that its rule names, whose certificate was verified",
 	"sandbox/egress/gateway/pglogin.go (*session).loginPostgres": "the password proves itself by SCRAM to the destination, whose certificate was verified",
 	"sandbox/egress/gateway/resign.go (*injected).resign":        "the key signs a request for the destination; its secret part is not sent",
 	"sandbox/egress/inject.go (Injection).checkValue":            "a private key must be that of its certificate",

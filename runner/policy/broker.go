@@ -54,14 +54,20 @@ type brokerNode struct {
 }
 
 // withNode is what belongs to the value where that is not all: the rest of a key
-// of AWS, and what may be signed with it; the certificate of a private key.
+// of AWS, and what may be signed with it; the certificate of a private key; where
+// a registry sends its clients for tokens, and what these may be for.
 type withNode struct {
-	Self        strict.Node `yaml:",self"`
-	KeyID       field       `yaml:"key_id"`
-	Session     field       `yaml:"session"`
-	Regions     []awsName   `yaml:"regions"`
-	Services    []awsName   `yaml:"services"`
-	Certificate field       `yaml:"certificate"`
+	Self        strict.Node  `yaml:",self"`
+	KeyID       field        `yaml:"key_id"`
+	Session     field        `yaml:"session"`
+	Regions     []awsName    `yaml:"regions"`
+	Services    []awsName    `yaml:"services"`
+	Certificate field        `yaml:"certificate"`
+	Realm       string       `yaml:"realm"`
+	Service     string       `yaml:"service"`
+	Scopes      []imageScope `yaml:"scopes"`
+	Resolve     *[]prefix    `yaml:"resolve"` // of the realm, as CA is
+	CA          certificates `yaml:"ca"`
 }
 
 // awsName is a region or a service, as it stands in a signature.
@@ -75,7 +81,7 @@ func (a *awsName) UnmarshalText(b []byte) error {
 type place egress.Place
 
 func (p *place) UnmarshalText(b []byte) error {
-	err := oneWord(b, "place", string(egress.Bearer), string(egress.Basic), string(egress.Header), string(egress.Query), string(egress.SigV4), string(egress.Certificate))
+	err := oneWord(b, "place", string(egress.Bearer), string(egress.Basic), string(egress.Header), string(egress.Query), string(egress.SigV4), string(egress.OCIRegistry), string(egress.Certificate))
 	if err == nil {
 		*p = place(b)
 	}
@@ -132,7 +138,8 @@ func (n brokerNode) broker(l leaseNode) (Broker, placed, error) {
 	if strings.HasPrefix(string(n.Name), "*") {
 		errs = append(errs, n.Self.At("name").Errorf("a credential is for one name: what is below %s may be anybody's", n.Name[2:]))
 	}
-	if n.As != "" && errs[1] == nil && errs[2] == nil {
+	if n.As != "" && errs[1] == nil && errs[2] == nil && in.As != egress.OCIRegistry { // that is not whole yet
+
 		if err := in.Check(); err != nil {
 			errs = append(errs, n.Self.Errorf("%s", strings.ReplaceAll(err.Error(), "\n", "; ")))
 		}
@@ -149,7 +156,7 @@ func (n brokerNode) checkPlace() error {
 	}{
 		{"header", n.Header != "", egress.Header}, {"query", n.Query != "", egress.Query}, {"user", n.User != "", egress.Basic},
 	} {
-		if c.given && egress.Place(n.As) != c.as {
+		if c.given && egress.Place(n.As) != c.as && (c.key != "user" || egress.Place(n.As) != egress.OCIRegistry) {
 			errs = append(errs, n.Self.At(c.key).Errorf("%s is for as: %s", c.key, c.as))
 		}
 	}
@@ -158,6 +165,10 @@ func (n brokerNode) checkPlace() error {
 
 func (n brokerNode) checkWith() error {
 	w := n.With
+	realm := w.Realm != "" || w.Service != "" || len(w.Scopes) > 0 || w.Resolve != nil || w.CA != ""
+	if realm != (egress.Place(n.As) == egress.OCIRegistry) {
+		return n.Self.At("as").Errorf("as: oci-registry, and nothing else, needs with: {realm: https://NAME/PATH, service: NAME, scopes: [repository:NAME:pull]}, and resolve and ca of the realm")
+	}
 	key := w.KeyID != "" && len(w.Regions) > 0 && len(w.Services) > 0
 	more := w.KeyID != "" || w.Session != "" || len(w.Regions) > 0 || len(w.Services) > 0
 	switch egress.Place(n.As) {
@@ -168,6 +179,10 @@ func (n brokerNode) checkWith() error {
 	case egress.Certificate:
 		if w.Certificate == "" || more {
 			return n.Self.At("as").Errorf("as: client-certificate needs with: {certificate: FIELD}, of which value is the private key")
+		}
+	case egress.OCIRegistry:
+		if w.Certificate != "" || more {
+			return n.Self.At("with").Errorf("as: oci-registry has a realm, a service and scopes, and nothing else")
 		}
 	default:
 		if !w.Self.IsZero() {
@@ -184,6 +199,13 @@ func (l leaseNode) brokers() ([]Broker, []placed, error) {
 	var errs []error
 	for _, n := range l.Broker {
 		b, p, err := n.broker(l)
+		if err == nil && b.Rule.Inject.As == egress.OCIRegistry {
+			registry, realm, way, rerr := n.registry(b, l)
+			if b, err = registry, rerr; err == nil {
+				p.Rule = b.Rule
+				all, out = append(all, realm), append(out, way)
+			}
+		}
 		all, out, errs = append(all, b), append(out, p), append(errs, err)
 	}
 	for _, n := range l.Login {
@@ -205,6 +227,13 @@ func fillBrokers(l Lease, j providers.Job) (Lease, error) {
 		r, err := fill(b.Rule, j)
 		if err != nil {
 			return l, err
+		}
+		if in := r.Inject; in != nil && in.Tokens != nil {
+			filled := *in
+			if filled.Tokens, err = fillTokens(in.Tokens, j); err != nil {
+				return l, err
+			}
+			r.Inject = &filled
 		}
 		l.Broker[i].Rule = r
 	}

@@ -69,6 +69,8 @@ type Injection struct {
 	Pass bool `json:",omitempty"`
 	// Signing belongs to SigV4, and to nothing else.
 	Signing *Signing `json:",omitempty"`
+	// Tokens belongs to OCIToken and OCIRegistry, and to nothing else.
+	Tokens *Tokens `json:",omitempty"`
 	// Chain is the certificate of Certificate, and those that lead to its
 	// authority, as PEM. Value is a PEM then, too.
 	Chain string `json:",omitempty"`
@@ -97,8 +99,8 @@ func (in Injection) Check() error {
 	}
 	named := in.As == Header || in.As == Query
 	switch {
-	case !slices.Contains([]Place{Bearer, Basic, Header, Query, SigV4, Certificate}, in.As):
-		all = append(all, fmt.Errorf("as %q: bearer, basic, header, query, aws-sigv4 or client-certificate is needed", in.As))
+	case !slices.Contains([]Place{Bearer, Basic, Header, Query, SigV4, Certificate, OCIToken, OCIRegistry}, in.As):
+		all = append(all, fmt.Errorf("as %q: bearer, basic, header, query, aws-sigv4, oci-registry or client-certificate is needed", in.As))
 	case named && (in.Name == "" || strings.ContainsFunc(in.Name, func(c rune) bool { return !tokenChar(c) })):
 		all = append(all, fmt.Errorf("name %q: the name of the %s is needed, of letters, digits, _ and -", in.Name, in.As))
 	case !named && in.Name != "":
@@ -108,10 +110,10 @@ func (in Injection) Check() error {
 	case in.As == Header && framing(in.Name):
 		all = append(all, fmt.Errorf("header %s: it is the gateway's own, or has a meaning for HTTP; Authorization is as: bearer or basic", in.Name))
 	}
-	if in.As != Basic && in.User != "" || strings.ContainsFunc(in.User, func(c rune) bool { return c == ':' || unprintable(c) }) {
-		all = append(all, errors.New("user: as basic alone has one, of printable ASCII without a colon"))
+	if in.As != Basic && in.As != OCIToken && in.User != "" || strings.ContainsFunc(in.User, func(c rune) bool { return c == ':' || unprintable(c) }) {
+		all = append(all, errors.New("user: as basic and oci-registry alone have one, of printable ASCII without a colon"))
 	}
-	return errors.Join(append(all, in.checkSigning(), in.checkValue())...)
+	return errors.Join(append(all, in.checkSigning(), in.checkTokens(), in.checkValue())...)
 }
 
 func (in Injection) checkSigning() error {

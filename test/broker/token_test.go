@@ -59,6 +59,7 @@ func (f *wire) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	(&httputil.ReverseProxy{Rewrite: func(p *httputil.ProxyRequest) {
 		p.SetURL(f.to.Load())
 		p.Out.Host = p.In.Host
+		p.Out.Header.Set("X-Forwarded-Proto", "https")
 	}}).ServeHTTP(w, r)
 }
 

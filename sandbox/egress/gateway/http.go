@@ -309,12 +309,16 @@ func (x *exchange) inspect(r *http.Response) error {
 	if limit := v.answer.limit; limit > 0 && r.ContentLength > limit && r.Request.Method != http.MethodHead {
 		return denied("the answer has %d bytes, the rule allows %d", r.ContentLength, limit)
 	}
-	if v.use != nil {
-		if v.answer.opaque = v.use.opaque(r.StatusCode); !v.answer.opaque {
-			return scrubbable(r)
-		}
+	if v.use == nil {
+		return nil
 	}
-	return nil
+	if v.answer.opaque = v.use.opaque(r.StatusCode); v.answer.opaque {
+		return nil
+	}
+	if err := scrubbable(r); err != nil || v.use.As != egress.OCIToken || r.StatusCode/100 != 2 {
+		return err
+	}
+	return x.session.exchange(v, r)
 }
 
 // connect dials the destination before the first request, so that its line can

@@ -23,6 +23,7 @@ type injection struct {
 	egress.Injection
 	hidden *mask.Set
 	cert   *tls.Certificate // of Certificate
+	wallet *wallet          // of OCIToken and OCIRegistry
 	names  *mask.Set        // hides it where all is lower case: in names of headers
 }
 
@@ -66,6 +67,11 @@ func (in *injection) use(r *http.Request) *injected {
 	case egress.Certificate: // nothing of it is in a request
 	case egress.SigV4:
 		u.state = u.readSignature(r)
+	case egress.OCIRegistry:
+		u.injection = in.wallet.find(r, in)
+		if u.state = u.injection.state(r); u.state == ours && u.injection == in {
+			u.state = foreign // the password is for the realm
+		}
 	default:
 		u.state = in.state(r)
 	}
@@ -88,10 +94,10 @@ func (in *injection) state(r *http.Request) state {
 	}
 	given, ok := append(auth[:len(auth):len(auth)], named...)[0], false
 	switch in.As {
-	case egress.Bearer:
+	case egress.Bearer, egress.OCIRegistry:
 		scheme, token, _ := strings.Cut(given, " ")
 		ok = (strings.EqualFold(scheme, "bearer") || strings.EqualFold(scheme, "token")) && token == in.Placeholder
-	case egress.Basic:
+	case egress.Basic, egress.OCIToken:
 		user, password, whole := basic(given)
 		ok = whole && (password == in.Placeholder || user == in.Placeholder)
 	case egress.Header, egress.Query:
@@ -154,6 +160,7 @@ type injected struct {
 	*injection
 	state  state
 	signed *sigv4.Signature // of SigV4, if it is ours
+	form   url.Values       // of OCIToken, if the request has one
 	why    error            // that of SigV4 there is none, or none that can be read
 }
 
@@ -179,18 +186,22 @@ func (u *injected) apply(out, in *http.Request) {
 	out.Header.Set("Accept-Encoding", "identity")
 	given := in.Header.Get("Authorization")
 	u.clear(out)
+	if u.form != nil {
+		u.fillForm(out)
+		return
+	}
 	if !u.puts() {
 		return
 	}
 	value := u.Value.Reveal()
 	switch u.As {
-	case egress.Bearer:
+	case egress.Bearer, egress.OCIRegistry:
 		scheme := "Bearer"
 		if u.state == ours {
 			scheme, _, _ = strings.Cut(given, " ")
 		}
 		out.Header.Set("Authorization", scheme+" "+value)
-	case egress.Basic:
+	case egress.Basic, egress.OCIToken:
 		out.Header.Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(u.pair(given, value))))
 	case egress.Header:
 		out.Header.Set(u.Name, value)
@@ -242,6 +253,8 @@ func (u *injected) judge(r *http.Request) string {
 	switch {
 	case u.As == egress.SigV4 && u.unsigned() != "":
 		return u.unsigned()
+	case u.As == egress.OCIToken && u.overreach(r.URL.RawQuery) != "":
+		return u.overreach(r.URL.RawQuery)
 	case u.state == foreign && !u.Strip:
 		return "the rule has a credential of its own, and the request brings another"
 	case u.As == egress.Certificate:

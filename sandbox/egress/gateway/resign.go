@@ -50,10 +50,28 @@ func (u *injected) unsigned() string {
 	return "the rule has a key of its own, and the request is signed with another"
 }
 
-// verify says why a request is not signed with the key that the job has. It may
+// held waits for a place among the requests of which something is in memory, and
+// returns what gives it back.
+func held(ctx context.Context, places chan struct{}) (leave func(), err error) {
+	select {
+	case places <- struct{}{}:
+		return func() { <-places }, nil
+	case <-ctx.Done():
+		return func() {}, context.Cause(ctx)
+	}
+}
+
+// verify says why a request is not signed with the key that the job has, or does
+// not ask for a token as the rule says. It may
 // wait for a place, and for the body, and returns what gives the place back.
 func (u *injected) verify(r *http.Request, places chan struct{}) (leave func(), err error) {
 	leave = func() {}
+	if u != nil && u.As == egress.OCIToken { // what the realm answers is held, too
+		if leave, err = held(r.Context(), places); err == nil {
+			err = u.readForm(r)
+		}
+		return leave, err
+	}
 	if u == nil || u.signed == nil {
 		return leave, nil
 	}
@@ -65,11 +83,8 @@ func (u *injected) verify(r *http.Request, places chan struct{}) (leave func(), 
 		return leave, denied("the rule does not sign for the service %q", printable(s.Service))
 	}
 	if s.Holds() {
-		select {
-		case places <- struct{}{}:
-			leave = func() { <-places }
-		case <-r.Context().Done():
-			return leave, context.Cause(r.Context())
+		if leave, err = held(r.Context(), places); err != nil {
+			return leave, err
 		}
 	}
 	if s.Summed() {

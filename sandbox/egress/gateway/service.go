@@ -29,6 +29,9 @@ func (g *Gateway) grants(o egress.Opening) ([]grant, []published, error) {
 		}
 		all = append(all, grant{Rule: r, into: into, narrows: narrows(r.Requests), inject: newInjection(r.Inject)})
 	}
+	if err := wallets(all); err != nil {
+		return nil, nil, err
+	}
 	for _, s := range o.Serve {
 		all = append(all, grant{Rule: s.Rule, answers: s.Handler})
 	}

@@ -16,8 +16,10 @@ func main() {
 		s3Client(ctx, args[1], args[2])
 	case len(args) == 3 && args[0] == "s3-session":
 		session(ctx, args[1], args[2])
+	case len(args) == 3 && args[0] == "image":
+		imageClient(ctx, args[1], args[2])
 	default:
-		fmt.Fprintln(os.Stderr, "usage: clients s3|s3-session URL BUCKET")
+		fmt.Fprintln(os.Stderr, "usage: clients s3|s3-session URL BUCKET, or image REPOSITORY OTHER")
 		os.Exit(2)
 	}
 }
