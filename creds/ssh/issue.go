@@ -88,7 +88,10 @@ func (i *Issuer) issue(ctx context.Context, name string, g creds.Grant) (creds.L
 	case !errors.Is(err, creds.ErrStillValid):
 		return lease, err
 	}
-	lease.Values = map[string]creds.Secret{"private_key": creds.NewSecret(p.key)}
+	lease.Values = map[string]creds.Secret{
+		"private_key": creds.NewSecret(p.key),
+		"identity":    creds.NewSecret(p.key + cert + "\n"), // for the gateway, which logs in with one value
+	}
 	lease.Facts = map[string]string{
 		"certificate": cert, "username": user, "principals": strings.Join(scope.Principals, ","),
 		"serial": strconv.FormatUint(p.cert.Serial, 10), "key_id": p.cert.KeyId,

@@ -134,7 +134,8 @@ func (s *Server) database() *exec.Cmd {
 
 func (s *Server) server() *exec.Cmd {
 	_, port, _ := net.SplitHostPort(s.address[len("https://"):])
-	return exec.Command(s.program, "--etcd-servers="+s.etcd, "--bind-address=127.0.0.1", "--secure-port="+port, "--cert-dir="+s.file("certs"),
+	return exec.Command(s.program, "--etcd-servers="+s.etcd, "--bind-address=127.0.0.1", "--advertise-address=192.0.2.1", // it takes no loopback, and nobody is told
+		"--secure-port="+port, "--cert-dir="+s.file("certs"),
 		"--service-account-key-file="+s.file("sa.pub"), "--service-account-signing-key-file="+s.file("sa.key"),
 		"--service-account-issuer="+s.address, "--api-audiences="+s.address, "--authorization-mode=RBAC",
 		"--token-auth-file="+s.file("tokens.csv"), "--service-cluster-ip-range=10.99.0.0/24", "--endpoint-reconciler-type=none")
