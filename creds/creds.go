@@ -149,3 +149,10 @@ type Issuer interface {
 type ScopeChecker interface {
 	CheckScope(scope json.RawMessage) error // wraps ErrBadScope
 }
+
+// A Minimum is an Issuer whose provider gives no lease for less than some time.
+// A grant that ends sooner is refused; "mayfly config check" says so of rules
+// whose jobs end sooner, and renewals are made while there is that much left.
+type Minimum interface {
+	MinLife() time.Duration
+}

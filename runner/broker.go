@@ -39,20 +39,17 @@ type holding struct {
 	stand map[string]string // by the name of the value
 }
 
-// broker opens the rules of a lease that was just issued, and returns the
-// placeholders that they replace.
-func (s *steps) broker(ctx context.Context, l policy.Lease, lease creds.Lease) (map[string]string, error) {
+// broker opens the rules of a lease that was just issued, which put it in the
+// place of the placeholders.
+func (s *steps) broker(ctx context.Context, l policy.Lease, lease creds.Lease, turn int, stand map[string]string) error {
 	if len(l.Broker) == 0 {
-		return nil, nil
-	}
-	stand, err := placeholders(l, lease)
-	if err != nil {
-		return nil, err
+		return nil
 	}
 	var rules []egress.Rule
 	for _, b := range l.Broker {
 		in := *b.Rule.Inject
 		in.Value, in.Placeholder = lease.Values[b.Value], stand[b.Value]
+		in.Lease = useName(l, turn)
 		if b.User != "" {
 			in.User = lease.Facts[b.User]
 		}
@@ -69,12 +66,15 @@ func (s *steps) broker(ctx context.Context, l policy.Lease, lease creds.Lease) (
 		b.Rule.Inject = &in
 		rules = append(rules, b.Rule)
 	}
-	name := brokerName(s.log.Job, l)
-	_, err = hold(ctx, s.life, name, func(ctx context.Context) (none, grip, error) {
+	name := brokerName(s.log.Job, l, turn)
+	_, err := acquired(ctx, s.life, name, func(ctx context.Context) (none, grip, error) {
 		o := egress.Opening{Rules: egress.Rules{Allow: rules}, Ledger: s.ledger, Parent: gatewayName(s.log.Job)}
 		return none{}, grip{}, s.cfg.Gateway.Open(ctx, name, o)
 	})
-	return stand, err
+	if turn == 0 {
+		s.clock.mark(s.stage(name))
+	}
+	return err
 }
 
 // placeholders makes one for each value that the lease's rules add. It refuses a

@@ -166,7 +166,7 @@ func TestBrokerCertificate(t *testing.T) {
 		t.Fatalf("got %+v; log:\n%s", r, w.shown())
 	}
 	in := *g.opened["job"].Rules.Allow[0].Inject
-	if in.Chain != "u" || !strings.HasPrefix(in.Value.Reveal(), "pw-") || strings.Contains(w.shown(), "pw-") {
+	if in.Chain != "u" || !strings.HasPrefix(in.Value.Reveal(), "pw-mf-") || strings.Contains(w.shown(), "pw-mf-") {
 		t.Errorf("the gateway has the chain %q", in.Chain)
 	}
 	w.clean()

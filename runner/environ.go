@@ -12,6 +12,7 @@ import (
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/providers/workflow"
 	"github.com/mayfly-ci/mayfly/runner/gitcache"
+	"github.com/mayfly-ci/mayfly/runner/internal/journal"
 	"github.com/mayfly-ci/mayfly/runner/policy"
 	"github.com/mayfly-ci/mayfly/sandbox"
 )
@@ -90,7 +91,7 @@ func githubVariables() []string {
 func (s *steps) granted(step string) []policy.Lease {
 	var ls []policy.Lease
 	for _, l := range s.plan.Leases {
-		if _, held := s.leases[l.Name]; held && (l.Step == "" || l.Step == step) {
+		if _, held := s.leases.get(l.Name); held && (l.Step == "" || l.Step == step) {
 			ls = append(ls, l)
 		}
 	}
@@ -100,7 +101,7 @@ func (s *steps) granted(step string) []policy.Lease {
 // field is a value or fact of a held lease, or what stands in place of a value
 // that is brokered. This is where a secret leaves for its user.
 func (s *steps) field(l policy.Lease, name string) string {
-	lease := s.leases[l.Name]
+	lease, _ := s.leases.get(l.Name)
 	if stand, ok := lease.stand[name]; ok && !slices.Contains(l.Clear, name) {
 		return stand
 	}
@@ -113,9 +114,6 @@ func (s *steps) field(l policy.Lease, name string) string {
 // issue acquires the leases that the plan grants to a scope, and puts those
 // that are files into the box.
 func (s *steps) issue(ctx context.Context, step string) error {
-	if s.leases == nil {
-		s.leases = map[string]holding{}
-	}
 	files := map[string]string{}
 	for _, l := range s.plan.Leases {
 		if l.Step != step {
@@ -135,37 +133,56 @@ func (s *steps) issue(ctx context.Context, step string) error {
 }
 
 func (s *steps) issueOne(ctx context.Context, l policy.Lease) error {
-	issuer, ok := s.cfg.Issuers[l.Issuer]
-	if !ok {
-		return fmt.Errorf("lease %s: issuer %q is not configured", l.Name, l.Issuer)
-	}
-	grant := creds.Grant{Subject: s.subject(l), Scope: l.Scope, Expires: earlier(time.Now().Add(l.TTL), s.deadline)}
-	name := leaseName(s.log.Job, l)
-	if err := s.audit(ctx, s.log.Job, "lease.request", name, nil, "issuer", l.Issuer, "step", l.Step,
-		"rule", s.plan.Rule, "scope", string(l.Scope), "delivery", l.Delivery(), "expires", stamp(grant.Expires)); err != nil {
+	asked := time.Now()
+	lease, err := s.mint(ctx, l, 0, "")
+	if err != nil {
 		return err
 	}
-	lease, err := hold(ctx, s.life, name, func(ctx context.Context) (creds.Lease, grip, error) {
+	stand, err := placeholders(l, lease)
+	if err == nil {
+		err = s.broker(ctx, l, lease, 0, stand)
+	}
+	if err != nil {
+		return err
+	}
+	s.leases.set(l.Name, holding{lease, stand})
+	s.keepAlive(ctx, l, lease, asked)
+	return nil
+}
+
+// mint asks for a lease that the journal names. turn is how often it was renewed,
+// and renews the name of the one before.
+func (s *steps) mint(ctx context.Context, l policy.Lease, turn int, renews string) (creds.Lease, error) {
+	issuer, ok := s.cfg.Issuers[l.Issuer]
+	if !ok {
+		return creds.Lease{}, fmt.Errorf("lease %s: issuer %q is not configured", l.Name, l.Issuer)
+	}
+	grant := creds.Grant{Subject: s.subject(l), Scope: l.Scope, Expires: earlier(time.Now().Add(l.TTL), s.deadline)}
+	name := leaseName(s.log.Job, l, turn)
+	if err := s.audit(ctx, s.log.Job, "lease.request", name, nil, "issuer", l.Issuer, "step", l.Step,
+		"rule", s.plan.Rule, "scope", string(l.Scope), "delivery", l.Delivery(), "reach", reach(s.plan, l),
+		"renews", renews, "expires", stamp(grant.Expires)); err != nil {
+		return creds.Lease{}, err
+	}
+	lease, err := acquired(ctx, s.life, name, func(ctx context.Context) (creds.Lease, grip, error) {
 		lease, err := issuer.Issue(ctx, name, grant)
 		return lease, grip{lease.Handle, lease.ByName}, err
 	})
+	if turn == 0 {
+		s.clock.mark(s.stage(name))
+	}
 	if err == nil && lease.ExpiresAt.After(grant.Expires) {
 		err = fmt.Errorf("%s: issued until %s, granted until %s: the issuer gives more than it may", name, stamp(lease.ExpiresAt), stamp(grant.Expires))
 	}
 	err = errors.Join(err, s.out.conceal(lease.Values), checkFields(l, lease, err))
+	if err == nil {
+		err = s.log.Turn(name, journal.Issued, lease.ExpiresAt.UTC(), "")
+	}
 	err = errors.Join(err, s.audit(ctx, s.log.Job, "lease.issue", name, err, "issuer", l.Issuer, "expires", stamp(lease.ExpiresAt)))
-	if err != nil {
-		return err
+	if err == nil {
+		err = withhold(l, lease)
 	}
-	if err := withhold(l, lease); err != nil {
-		return err
-	}
-	stand, err := s.broker(ctx, l, lease)
-	if err != nil {
-		return err
-	}
-	s.leases[l.Name] = holding{lease, stand}
-	return nil
+	return lease, err
 }
 
 // subject is whom a lease is for: what the provider knows of the job, and what the
@@ -205,7 +222,7 @@ func (s *steps) dropSecrets(ctx context.Context, step string) error {
 		if l.Step != step || step == "" {
 			continue
 		}
-		delete(s.leases, l.Name)
+		s.leases.drop(l.Name)
 		for file := range l.Files {
 			files["secrets/"+file] = ""
 		}

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/mayfly-ci/mayfly/providers"
+	"github.com/mayfly-ci/mayfly/runner/internal/journal"
 )
 
 // JobInfo is what the journal knows of a job that still owes something: one
@@ -28,7 +29,19 @@ type DebtInfo struct {
 	// Until is set of a box that is kept: until then, while this life of the
 	// agent lasts.
 	Until time.Time `json:"until,omitzero"`
+	Lease
 }
+
+// Lease is where a lease is; it is empty of other things.
+type Lease struct {
+	State   string    `json:"state,omitempty"`  // intended, issued, renewed, revoking, stuck, unprovable
+	Since   time.Time `json:"since,omitzero"`   // that it is so
+	Why     string    `json:"why,omitempty"`    // that it is stuck
+	Expires time.Time `json:"expires,omitzero"` // when it ends by itself at the latest
+}
+
+// Stuck reports that the lease could not be revoked so far, or not be seen dead.
+func (l Lease) Stuck() bool { return l.State == string(journal.Stuck) }
 
 // Jobs lists every job that still owes something. It can be called beside a
 // living agent. Logs that cannot be read are in the error; the others are listed.
@@ -38,7 +51,8 @@ func (s *State) Jobs() ([]JobInfo, error) {
 	for _, log := range logs {
 		info := JobInfo{Job: log.Job, Generation: log.Generation, Warm: isWarm(log.Job), Damaged: log.Damaged}
 		for _, d := range log.Debts() {
-			info.Owes = append(info.Owes, DebtInfo{d.Kind, d.Name, d.By, d.Scope, d.Until})
+			lease := Lease{string(d.State), d.Since, d.Why, d.Expires}
+			info.Owes = append(info.Owes, DebtInfo{d.Kind, d.Name, d.By, d.Scope, d.Until, lease})
 		}
 		if raw := log.Outcome(); raw != nil {
 			info.Outcome = &providers.Result{}

@@ -80,7 +80,7 @@ func (s *steps) strip(ctx context.Context, k *kept) error {
 	if _, err := s.box.Run(ctx, sandbox.Process{Args: []string{"/bin/true"}, Dir: "/", Alone: true}); err != nil {
 		return err
 	}
-	s.leases = nil // so that none is in the environment
+	s.leases.clear() // so that none is in the environment
 	step, files := s.failing, map[string]string{"step": ""}
 	if step == nil {
 		step = &current{frame: s.root, scope: s.scope(s.root, nil)}

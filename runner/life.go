@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/providers"
 	"github.com/mayfly-ci/mayfly/runner/audit"
 	"github.com/mayfly-ci/mayfly/runner/internal/failpoint"
@@ -119,7 +118,7 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 		return providers.Result{}, err
 	}
 	l.take(ctx, plan, deadline)
-	if err := l.intend(l.debts(plan)); err != nil {
+	if err := l.intend(l.debts(plan, deadline)); err != nil {
 		return providers.Result{}, err
 	}
 	l.clock.mark("intend")
@@ -179,6 +178,7 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 	}
 
 	l.steps = newSteps(l, box, img, plan, deadline)
+	defer l.steps.leases.rest("")
 	if err := l.steps.issue(ctx, ""); err != nil {
 		return providers.Result{}, err
 	}
@@ -187,9 +187,9 @@ func (l *life) inBox(ctx, alive context.Context, plan policy.Plan, deadline time
 }
 
 // debts names all that the plan will acquire, in the order of acquisition.
-func (l *life) debts(plan policy.Plan) []journal.Debt {
+func (l *life) debts(plan policy.Plan, deadline time.Time) []journal.Debt {
 	job := l.log.Job
-	ds := append(l.pullDebts(plan), l.serviceDebts(plan)...)
+	ds := append(l.pullDebts(plan, deadline), l.serviceDebts(plan)...)
 	ds = append(ds, journal.Debt{Kind: kindGateway, Name: gatewayName(job)},
 		journal.Debt{Kind: kindBox, Name: boxName(job), By: plan.Runtime})
 	if l.warm != nil {
@@ -197,7 +197,7 @@ func (l *life) debts(plan policy.Plan) []journal.Debt {
 	}
 	for _, lease := range plan.Leases {
 		if lease.Step == "" {
-			ds = append(ds, leaseDebts(job, lease)...)
+			ds = append(ds, leaseDebts(job, lease, 0, deadline)...)
 		}
 	}
 	for i, step := range l.job.Steps {
@@ -206,18 +206,9 @@ func (l *life) debts(plan policy.Plan) []journal.Debt {
 		}
 		for _, lease := range plan.Leases {
 			if lease.Step == step.ID {
-				ds = append(ds, leaseDebts(job, lease)...)
+				ds = append(ds, leaseDebts(job, lease, 0, deadline)...)
 			}
 		}
-	}
-	return ds
-}
-
-// leaseDebts are a lease and, newer, the rules that have its credential.
-func leaseDebts(job string, l policy.Lease) []journal.Debt {
-	ds := []journal.Debt{{Kind: kindLease, Name: leaseName(job, l), By: l.Issuer, Scope: l.Step}}
-	if len(l.Broker) > 0 {
-		ds = append(ds, journal.Debt{Kind: kindRules, Name: brokerName(job, l), Scope: l.Step})
 	}
 	return ds
 }
@@ -233,6 +224,13 @@ type none struct{}
 // hold acquires a thing that the journal already names, and writes down that it
 // did. It acquires nothing once ctx has ended or the journal has failed.
 func hold[T any](ctx context.Context, l *life, name string, acquire func(context.Context) (T, grip, error)) (T, error) {
+	v, err := acquired(ctx, l, name, acquire)
+	l.clock.mark(l.stage(name))
+	return v, err
+}
+
+// acquired is hold beside the stages of the job.
+func acquired[T any](ctx context.Context, l *life, name string, acquire func(context.Context) (T, grip, error)) (T, error) {
 	var zero T
 	if err := context.Cause(ctx); err != nil {
 		return zero, err
@@ -246,7 +244,6 @@ func hold[T any](ctx context.Context, l *life, name string, acquire func(context
 		// Also of a thing that was acquired badly: it is released all the same.
 		err = errors.Join(err, l.log.Held(name, g.handle, !g.byName))
 	}
-	l.clock.mark(l.stage(name))
 	if err != nil {
 		return v, fmt.Errorf("%s: %w", name, err)
 	}
@@ -289,7 +286,7 @@ func (a *Agent) release(ctx context.Context, log *journal.Log, scope string, out
 func (a *Agent) releaseOne(ctx context.Context, log *journal.Log, d journal.Debt, out *stream) error {
 	switch d.Kind {
 	case kindLease:
-		return a.revoke(ctx, log.Job, d)
+		return a.revoke(ctx, log, d)
 	case kindBox:
 		runtime, ok := a.cfg.Runtimes[d.By]
 		if !ok {
@@ -302,25 +299,6 @@ func (a *Agent) releaseOne(ctx context.Context, log *journal.Log, d journal.Debt
 		return a.report(ctx, log, d, out, false)
 	}
 	return fmt.Errorf("unknown kind %q: written by another version", d.Kind)
-}
-
-// revoke ends a lease at its issuer and writes down the proof that it is dead.
-func (a *Agent) revoke(ctx context.Context, job string, d journal.Debt) error {
-	issuer, ok := a.cfg.Issuers[d.By]
-	if !ok {
-		return fmt.Errorf("issuer %q is not configured any more: configure it until this lease is revoked", d.By)
-	}
-	err := issuer.Revoke(ctx, d.Name, d.Handle)
-	if errors.Is(err, creds.ErrNotRevocable) {
-		return a.audit(ctx, job, "lease.unprovable", d.Name, nil, "issuer", d.By, "why", err.Error())
-	}
-	if err != nil {
-		return errors.Join(err, a.audit(ctx, job, "lease.revoke", d.Name, err, "issuer", d.By))
-	}
-	failpoint.Here("revoked")
-	proof, err := a.probe(ctx, issuer, d)
-	return errors.Join(err, a.audit(ctx, job, "lease.revoke", d.Name, err,
-		"issuer", d.By, "probe", proof.How, "refusal", proof.Refusal, "refused_at", stamp(proof.At)))
 }
 
 // report tells the provider how the job ended, and so gives up the claim. It

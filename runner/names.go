@@ -41,13 +41,19 @@ func jobOf(name string) string {
 	return prefix + "-" + id
 }
 
-func gatewayName(job string) string                { return job + "-gw" }
-func boxName(job string) string                    { return job + "-box" }
-func leaseName(job string, l policy.Lease) string  { return job + "-l-" + l.Name }
-func serviceBox(job string, i int) string          { return job + "-s" + strconv.Itoa(i) }
-func serviceGateway(job string, i int) string      { return serviceBox(job, i) + "-gw" }
-func rulesName(job string, step int) string        { return job + "-r" + strconv.Itoa(step) }
-func brokerName(job string, l policy.Lease) string { return job + "-i-" + l.Name }
+func gatewayName(job string) string           { return job + "-gw" }
+func boxName(job string) string               { return job + "-box" }
+func serviceBox(job string, i int) string     { return job + "-s" + strconv.Itoa(i) }
+func serviceGateway(job string, i int) string { return serviceBox(job, i) + "-gw" }
+func rulesName(job string, step int) string   { return job + "-r" + strconv.Itoa(step) }
+
+func leaseName(job string, l policy.Lease, turn int) string {
+	return job + "-l" + turned(turn) + "-" + l.Name
+}
+
+func brokerName(job string, l policy.Lease, turn int) string {
+	return job + "-i" + turned(turn) + "-" + l.Name
+}
 
 // stepRules are the egress rules of one step, or of the whole job for "".
 func stepRules(plan policy.Plan, step string) []egress.Rule {
@@ -70,4 +76,12 @@ func serviceRules(plan policy.Plan, service string) []egress.Rule {
 		}
 	}
 	return rules
+}
+
+// useName is what the ledger calls the lease of which a credential was used.
+func useName(l policy.Lease, turn int) string {
+	if turn == 0 {
+		return l.Name
+	}
+	return l.Name + "#" + strconv.Itoa(turn)
 }

@@ -77,7 +77,8 @@ func (l *life) credentials(ctx context.Context, plan policy.Plan, deadline time.
 		if lease.Name != plan.Pull {
 			continue
 		}
-		password, ok := s.leases[lease.Name].Values["password"]
+		held, _ := s.leases.get(lease.Name)
+		password, ok := held.Values["password"]
 		if !ok {
 			return request, fmt.Errorf("lease %s: issuer %s gives no password, which a registry wants", lease.Name, lease.Issuer)
 		}
@@ -87,10 +88,10 @@ func (l *life) credentials(ctx context.Context, plan policy.Plan, deadline time.
 }
 
 // pullDebts names what the pull will acquire.
-func (l *life) pullDebts(plan policy.Plan) []journal.Debt {
+func (l *life) pullDebts(plan policy.Plan, deadline time.Time) []journal.Debt {
 	for _, lease := range plan.Leases {
 		if lease.Step == policy.PullStep {
-			return []journal.Debt{{Kind: kindLease, Name: leaseName(l.log.Job, lease), By: lease.Issuer, Scope: lease.Step}}
+			return leaseDebts(l.log.Job, lease, 0, deadline)
 		}
 	}
 	return nil

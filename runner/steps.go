@@ -31,11 +31,11 @@ type steps struct {
 	plan     policy.Plan
 	deadline time.Time
 
-	leases    map[string]holding // now, by name
-	env       map[string]string  // the job's own, and what steps wrote to GITHUB_ENV
-	path      []string           // what steps wrote to GITHUB_PATH, last first
-	blank     map[string]bool    // command files that the last step left empty
-	event     bool               // the event is in the box
+	leases    holdings
+	env       map[string]string // the job's own, and what steps wrote to GITHUB_ENV
+	path      []string          // what steps wrote to GITHUB_PATH, last first
+	blank     map[string]bool   // command files that the last step left empty
+	event     bool              // the event is in the box
 	heard     heard
 	debug     bool      // the job asked for debug messages
 	root      *frame    // of the job itself
@@ -201,6 +201,7 @@ func (s *steps) inScope(ctx, alive context.Context, step *current) (ending, erro
 	if errors.Is(end.reason, sandbox.ErrDied) {
 		return end, end.reason // no step can go on, tolerated or not
 	}
+	s.leases.rest(step.ID)
 	if err := s.dropSecrets(ctx, step.ID); err != nil {
 		return end, err
 	}

@@ -111,7 +111,7 @@ func (w *wiring) checkRules(rules *policy.Policy) error {
 			errs = append(errs, fmt.Errorf("%s: lease %s: issuer %q is not in the configuration", g.Rule, g.Lease, g.Issuer))
 			continue
 		}
-		errs = append(errs, checkWithheld(issuer, g))
+		errs = append(errs, checkWithheld(issuer, g), checkLife(issuer, g))
 		if checker, ok := issuer.(creds.ScopeChecker); ok {
 			if err := checker.CheckScope(g.Scope); err != nil {
 				errs = append(errs, fmt.Errorf("%s: lease %s: %w", g.Rule, g.Lease, err))

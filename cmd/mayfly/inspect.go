@@ -39,6 +39,7 @@ func runJobs(c *call) error {
 			if d.Scope != "" {
 				fmt.Fprintf(&b, "  for step %s", d.Scope)
 			}
+			b.WriteString(leaseText(d.Lease))
 			if !d.Until.IsZero() {
 				fmt.Fprintf(&b, "  kept until %s: mayfly shell %s", d.Until.UTC().Format(time.RFC3339), j.Job)
 			}

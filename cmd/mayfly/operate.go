@@ -88,8 +88,8 @@ func (w *wiring) serve(agent *runner.Agent, record *monitor.Record) error {
 	pages := http.NewServeMux()
 	pages.Handle("/", monitor.Handler(monitor.Config{
 		Status: agent.Status, Record: record, Version: version,
-		Debts: func() error { _, err := w.state.Jobs(); return err },
-		Dirs:  map[string]string{"journal": filepath.Join(w.state.Dir, "jobs"), "audit": w.auditDir()},
+		Jobs: w.state.Jobs,
+		Dirs: map[string]string{"journal": filepath.Join(w.state.Dir, "jobs"), "audit": w.auditDir()},
 	}))
 	if w.identity != nil {
 		pages.Handle("/.well-known/", w.identity)

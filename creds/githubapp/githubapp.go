@@ -109,6 +109,9 @@ func New(c Config) (*Issuer, error) {
 // Close ends idle connections. Leases stay as they are.
 func (i *Issuer) Close() { i.client.CloseIdleConnections() }
 
+// MinLife implements creds.Minimum: GitHub gives every token an hour.
+func (i *Issuer) MinLife() time.Duration { return life }
+
 // A Scope is what a lease of the policy asks for. Both must be said.
 type Scope struct {
 	// Repositories are ids: a name may be another repository tomorrow.

@@ -125,6 +125,9 @@ func New(c Config) (*Issuer, error) {
 // Close ends idle connections. Leases stay as they are.
 func (i *Issuer) Close() { i.client.CloseIdleConnections() }
 
+// MinLife implements creds.Minimum.
+func (i *Issuer) MinLife() time.Duration { return minLife + margin }
+
 // A Scope is what a lease of the policy asks for.
 type Scope struct {
 	// Account is the service account whose token it is; "" is the configuration's.

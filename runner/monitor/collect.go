@@ -2,6 +2,7 @@ package monitor
 
 import (
 	"runtime"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -41,7 +42,7 @@ func newMoment(c Config) *moment {
 		{"mayfly_polls_total", "Answers of the service to the question for jobs, errors included.", []string{"provider"}},
 		{"mayfly_poll_errors_total", "Errors among them.", []string{"provider"}},
 		{"mayfly_poll_failing", "1 if the last one was an error.", []string{"provider"}},
-		{"mayfly_leases", "Leases of this life of the agent that are not revoked yet: live, or stuck if that was tried.", []string{"issuer", "state"}},
+		{"mayfly_leases", "Leases by the state that the journal has them in: intended, issued, renewed, revoking, stuck; and unprovable, until they end, of this life of the agent.", []string{"issuer", "state"}},
 	} {
 		m.descs[d.name] = prometheus.NewDesc(d.name, d.help, d.labels, nil)
 	}
@@ -82,11 +83,30 @@ func (m *moment) Collect(to chan<- prometheus.Metric) {
 		}
 		gauge("mayfly_poll_failing", failing, name)
 	}
-	good, stuck := m.config.Record.live()
-	for issuer, n := range good {
-		gauge("mayfly_leases", n, issuer, "live")
+	for at, n := range m.leases() {
+		gauge("mayfly_leases", n, at.issuer, at.state)
 	}
-	for issuer, n := range stuck {
-		gauge("mayfly_leases", n, issuer, "stuck")
+}
+
+type leaseAt struct{ issuer, state string }
+
+// leases counts what the journal has. What cannot be read of it is a problem of
+// /healthz.
+func (m *moment) leases() map[leaseAt]int {
+	count := map[leaseAt]int{}
+	jobs, _ := m.config.Jobs()
+	for _, j := range jobs {
+		for _, d := range j.Owes {
+			if d.State != "" {
+				count[leaseAt{d.By, d.State}]++
+			}
+			if d.State != "" && !d.Stuck() {
+				count[leaseAt{d.By, "stuck"}] += 0 // there to alert on before it is more
+			}
+		}
 	}
+	for issuer, n := range m.config.Record.unprovable(time.Now()) {
+		count[leaseAt{issuer, "unprovable"}] += n
+	}
+	return count
 }

@@ -49,7 +49,8 @@ func report(c Config, ready bool) Health {
 		wrong(what, writable(c.Dirs[what]))
 	}
 	wrong("audit", c.Record.failing())
-	wrong("debts", c.Debts())
+	_, err := c.Jobs()
+	wrong("debts", err)
 	if s.Jammed > 0 {
 		wrong("boxes", fmt.Errorf("%d will not die: no jobs are taken until they are gone (mayfly jobs names them)", s.Jammed))
 	}

@@ -31,8 +31,8 @@ import (
 type Config struct {
 	// Status looks at the agent.
 	Status func() runner.Status
-	// Debts returns an error if what is owed cannot be read.
-	Debts func() error
+	// Jobs is what the journal says is owed; an error if it cannot be read.
+	Jobs func() ([]runner.JobInfo, error)
 	// Dirs must be writable, or no job can be taken: directories by what is
 	// in them.
 	Dirs    map[string]string

@@ -36,7 +36,7 @@ func fixture(t *testing.T) (*sink, *runner.Status, Config) {
 		Providers: map[string]runner.ProviderStatus{"ci": {Waiting: 1, Working: 2, Polls: 7, Errors: 3, Doing: "ask", Since: time.Now()}},
 	}
 	return s, status, Config{
-		Status: func() runner.Status { return *status }, Debts: func() error { return nil },
+		Status: func() runner.Status { return *status }, Jobs: func() ([]runner.JobInfo, error) { return nil, nil },
 		Dirs: map[string]string{"journal": t.TempDir()}, Record: NewRecord(s), Version: "1.2.3",
 	}
 }
@@ -60,6 +60,12 @@ func append1(t *testing.T, r *Record, job, action, object, result string, detail
 func TestMetrics(t *testing.T) {
 	t.Parallel()
 	s, _, c := fixture(t)
+	owed := func(state string) runner.DebtInfo {
+		return runner.DebtInfo{Kind: "lease", By: "pg", Lease: runner.Lease{State: state}}
+	}
+	c.Jobs = func() ([]runner.JobInfo, error) {
+		return []runner.JobInfo{{Owes: []runner.DebtInfo{owed("issued"), owed("stuck"), {Kind: "box"}}}, {Owes: []runner.DebtInfo{owed("stuck")}}}, nil
+	}
 	h, r := Handler(c), c.Record
 	// One job, with a lease of its own and one that is stuck for two attempts.
 	append1(t, r, "j1", "job.admit", "build", "ok", "repository", "acme/app")
@@ -81,7 +87,8 @@ func TestMetrics(t *testing.T) {
 	append1(t, r, "j2", "job.recover", "j2", "ok")
 	append1(t, r, "j2", "job.complete", "j2", "ok", "provider", "ci", "conclusion", "lost")
 	append1(t, r, "j3", "lease.issue", "j3-l-db", "ok", "issuer", "pg")
-	append1(t, r, "j3", "lease.unprovable", "j3-l-x", "ok", "issuer", "jwt")
+	append1(t, r, "j3", "lease.unprovable", "j3-l-x", "ok", "issuer", "jwt", "until", time.Now().Add(time.Hour).UTC().Format(time.RFC3339Nano))
+	append1(t, r, "j3", "lease.unprovable", "j3-l-y", "ok", "issuer", "jwt", "until", time.Now().Add(-time.Hour).UTC().Format(time.RFC3339Nano))
 	append1(t, r, "", "policy.reload", "policy", "bad")
 	append1(t, r, "j4", "reap", "j4-box", "ok", "kind", "box")
 	append1(t, r, "j5", "release.stuck", "j5", "down")
@@ -100,8 +107,9 @@ func TestMetrics(t *testing.T) {
 		`mayfly_jobs_total{conclusion="success",provider="ci"} 1`, `mayfly_jobs_total{conclusion="lost",provider="ci"} 1`,
 		`mayfly_leases_total{event="issued",issuer="pg"} 3`, `mayfly_leases_total{event="failed",issuer="pg"} 1`,
 		`mayfly_leases_total{event="revoked",issuer="pg"} 1`, `mayfly_leases_total{event="stuck",issuer="pg"} 1`,
-		`mayfly_leases_total{event="unprovable",issuer="jwt"} 1`,
-		`mayfly_leases{issuer="pg",state="live"} 1`, `mayfly_leases{issuer="pg",state="stuck"} 1`,
+		`mayfly_leases_total{event="unprovable",issuer="jwt"} 2`,
+		`mayfly_leases{issuer="pg",state="issued"} 1`, `mayfly_leases{issuer="pg",state="stuck"} 2`,
+		`mayfly_leases{issuer="jwt",state="unprovable"} 1`,
 		`mayfly_egress_total{network="dns",verdict="refused"} 1`, `mayfly_egress_total{network="tcp",verdict="allowed"} 1`,
 		`mayfly_job_stage_seconds_sum{stage="claim"} 0.002`, `mayfly_job_stage_seconds_sum{stage="admit"} 0.002`,
 		`mayfly_job_stage_seconds_sum{stage="box"} 0.021`, `mayfly_job_stage_seconds_sum{stage="adopt"} 0.003`, `mayfly_job_stage_seconds_sum{stage="leases"} 0.07`,
@@ -120,7 +128,7 @@ func TestMetrics(t *testing.T) {
 		t.Error("the page names a repository or what a job reached for")
 	}
 	if len(r.ended) != 0 || len(r.leases) != 2 {
-		t.Errorf("remembered: %v, %v; want the two leases that are not revoked", r.ended, r.leases)
+		t.Errorf("remembered: %v, %v; want the two leases that are stuck or unprovable", r.ended, r.leases)
 	}
 }
 
@@ -156,7 +164,9 @@ func TestHealth(t *testing.T) {
 		{"audit", func(s *sink, _ *runner.Status, _ *Config) { s.err = errDown }, false, false, "audit", "down"},
 		{"journal gone", func(_ *sink, _ *runner.Status, c *Config) { c.Dirs["journal"] = "/nonexistent" }, false, false, "journal", "no such file"},
 		{"journal read-only", func(_ *sink, _ *runner.Status, c *Config) { c.Dirs["journal"] = "/proc/self" }, false, false, "journal", "/proc/self"},
-		{"debts", func(_ *sink, _ *runner.Status, c *Config) { c.Debts = func() error { return errDown } }, false, false, "debts", "down"},
+		{"debts", func(_ *sink, _ *runner.Status, c *Config) {
+			c.Jobs = func() ([]runner.JobInfo, error) { return nil, errDown }
+		}, false, false, "debts", "down"},
 		{"boxes", func(_ *sink, s *runner.Status, _ *Config) { s.Jammed = 1 }, false, false, "boxes", "1 will not die"},
 		{"claim", func(_ *sink, s *runner.Status, _ *Config) { s.Providers["ci"] = doing("claim", time.Hour) }, false, false, "provider ci", "not answered since 1h"},
 		{"a claim", func(_ *sink, s *runner.Status, _ *Config) { s.Providers["ci"] = doing("claim", time.Minute) }, true, true, "", ""},

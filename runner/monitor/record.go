@@ -14,7 +14,7 @@ import (
 
 // A Record passes events on to the audit, and counts what they say. It
 // remembers a little of each job that has ended and is not reported yet, and of
-// each lease that is not revoked yet.
+// each lease that could not be revoked. Where leases are, the journal knows.
 type Record struct {
 	next audit.Sink
 
@@ -37,10 +37,11 @@ type ended struct {
 	took time.Duration
 }
 
-// lease is one that lives, and stuck if it could not be revoked so far.
+// lease is one that could not be revoked so far, and was counted for that; or one
+// that is unprovable until it ends.
 type lease struct {
 	issuer string
-	stuck  bool
+	until  time.Time
 }
 
 // NewRecord returns a record in front of a sink.
@@ -185,40 +186,46 @@ func (r *Record) completeJob(e audit.Event) {
 }
 
 func (r *Record) countLease(e audit.Event, good bool) {
-	issuer, known := e.Detail["issuer"], r.leases[e.Object]
+	issuer := e.Detail["issuer"]
+	_, stuck := r.leases[e.Object]
 	event := ""
 	switch {
 	case e.Action == "lease.issue" && good:
 		event = "issued"
-		r.leases[e.Object] = lease{issuer: issuer}
 	case e.Action == "lease.issue":
 		event = "failed"
 	case e.Action == "lease.unprovable":
 		event = "unprovable"
 		delete(r.leases, e.Object)
+		if until, err := time.Parse(time.RFC3339Nano, e.Detail["until"]); err == nil {
+			r.leases[e.Object] = lease{issuer, until}
+		}
 	case good:
 		event = "revoked"
 		delete(r.leases, e.Object)
-	case !known.stuck: // it is tried again, and counted once
+	case !stuck: // it is tried again, and counted once
 		event = "stuck"
-		r.leases[e.Object] = lease{issuer, true}
+		r.leases[e.Object] = lease{issuer: issuer}
 	default:
 		return
 	}
 	r.issued.WithLabelValues(issuer, event).Inc()
 }
 
-// live counts the leases that are not revoked yet, by issuer.
-func (r *Record) live() (good, stuck map[string]int) {
-	good, stuck = map[string]int{}, map[string]int{}
+// unprovable counts the leases that nobody can take back and that have not ended
+// yet, by issuer.
+func (r *Record) unprovable(now time.Time) map[string]int {
+	n := map[string]int{}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, l := range r.leases {
-		if l.stuck {
-			stuck[l.issuer]++
-		} else {
-			good[l.issuer]++
+	for name, l := range r.leases {
+		switch {
+		case l.until.IsZero():
+		case now.Before(l.until):
+			n[l.issuer]++
+		default:
+			delete(r.leases, name)
 		}
 	}
-	return good, stuck
+	return n
 }

@@ -260,15 +260,16 @@ type Grant struct {
 	Lease  string
 	Issuer string
 	Scope  json.RawMessage
-	Clear  []string // Lease.InClear
+	Clear  []string      // Lease.InClear
+	Lasts  time.Duration // at most, for a job that asks for no less time
 }
 
 // Grants returns every lease of every rule, in the order of the file.
 func (p *Policy) Grants() []Grant {
 	var gs []Grant
 	for _, r := range p.rules {
-		for _, l := range r.plan.Leases {
-			gs = append(gs, Grant{r.plan.Rule, l.Name, l.Issuer, l.Scope, l.InClear()})
+		for _, l := range r.offer(providers.Job{}).Leases {
+			gs = append(gs, Grant{r.plan.Rule, l.Name, l.Issuer, l.Scope, l.InClear(), l.TTL})
 		}
 	}
 	return gs

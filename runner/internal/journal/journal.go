@@ -24,6 +24,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -50,10 +51,16 @@ type Debt struct {
 	Name  string `json:"name"`            // unique for ever
 	By    string `json:"by,omitempty"`    // which provider, runtime or issuer of the configuration
 	Scope string `json:"scope,omitempty"` // step that it is for; "" is the job
+	// Expires is when a lease ends by itself at the latest; zero of other things.
+	Expires time.Time `json:"expires,omitzero"`
 
 	Until  time.Time    `json:"-"` // not released before; for readers beside the agent
 	Handle creds.Handle `json:"-"` // opened; nil if the agent died before learning it
 	Tried  bool         `json:"-"` // this life of the agent may have made it; after a crash always true
+
+	State State     `json:"-"` // of a lease; "" of other things
+	Since time.Time `json:"-"` // that it is in that state; zero if it is intended
+	Why   string    `json:"-"` // that it is stuck
 }
 
 type op string
@@ -62,6 +69,7 @@ const (
 	opBegin   op = "begin"
 	opIntend  op = "intend"
 	opHeld    op = "held"
+	opLease   op = "lease"
 	opKeep    op = "keep"
 	opRelease op = "release"
 	opOutcome op = "outcome"
@@ -74,6 +82,9 @@ type record struct {
 	Debts      []Debt          `json:"debts,omitempty"`
 	Name       string          `json:"name,omitempty"`
 	Until      time.Time       `json:"until,omitzero"`
+	State      State           `json:"state,omitempty"`
+	At         time.Time       `json:"at,omitzero"`
+	Why        string          `json:"why,omitempty"`
 	Handle     []byte          `json:"handle,omitempty"` // sealed
 	Outcome    json.RawMessage `json:"outcome,omitempty"`
 }
@@ -189,7 +200,7 @@ func (j *Journal) reopen(path string) (*Log, error) {
 // others are still paid, because a damaged line must not keep a lease alive.
 func (j *Journal) parse(path string, b []byte) (*Log, int, error) {
 	whole := bytes.LastIndexByte(b, '\n') + 1
-	l := &Log{Job: strings.TrimSuffix(filepath.Base(path), suffix), path: path, size: int64(whole), key: j.key}
+	l := &Log{Job: strings.TrimSuffix(filepath.Base(path), suffix), path: path, key: j.key, size: int64(whole)}
 	for line := range bytes.Lines(b[:whole]) {
 		var r record
 		if err := json.Unmarshal(line, &r); err != nil {
@@ -207,7 +218,8 @@ func (j *Journal) parse(path string, b []byte) (*Log, int, error) {
 	return l, whole, nil
 }
 
-// A Log is one job's part of the journal. It is used by one goroutine at a time.
+// A Log is one job's part of the journal. Each method may be called at any time;
+// one name is one goroutine's.
 type Log struct {
 	Job        string
 	Generation int64 // life of the agent that began it
@@ -215,8 +227,9 @@ type Log struct {
 
 	path    string
 	f       *os.File
-	size    int64 // of the whole records
 	key     *seal.Key
+	mu      sync.Mutex // guards what follows
+	size    int64      // of the whole records
 	debts   []Debt
 	outcome json.RawMessage
 	failed  error // the first append that failed: nothing more is acquired
@@ -230,6 +243,8 @@ func (l *Log) Intend(ds ...Debt) error {
 // Try notes, in memory, that name is about to be acquired. It fails if the log
 // is broken or does not know the name.
 func (l *Log) Try(name string) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	if l.failed != nil {
 		return l.failed
 	}
@@ -255,24 +270,37 @@ func (l *Log) Keep(name string, until time.Time) error {
 	return l.append(record{Op: opKeep, Name: name, Until: until}, false)
 }
 
-// Release records that name is gone.
+// Release records that name is gone. A lease must have been seen to be dead, or
+// be unprovable, or never have been asked for.
 func (l *Log) Release(name string) error {
+	l.mu.Lock()
+	err := l.mayRelease(name)
+	l.mu.Unlock()
+	if err != nil {
+		return err
+	}
 	return l.append(record{Op: opRelease, Name: name}, false)
 }
 
 // SetOutcome records how the job ended. The first outcome stands.
 func (l *Log) SetOutcome(outcome json.RawMessage) error {
-	if l.outcome != nil {
+	if l.Outcome() != nil {
 		return nil
 	}
 	return l.append(record{Op: opOutcome, Outcome: outcome}, true)
 }
 
 // Outcome returns the recorded outcome, or nil.
-func (l *Log) Outcome() json.RawMessage { return l.outcome }
+func (l *Log) Outcome() json.RawMessage {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.outcome
+}
 
 // Debts returns what may still exist, newest first.
 func (l *Log) Debts() []Debt {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	ds := slices.Clone(l.debts)
 	slices.Reverse(ds)
 	return ds
@@ -280,7 +308,7 @@ func (l *Log) Debts() []Debt {
 
 // Close removes the log if nothing is owed, and otherwise leaves it for later.
 func (l *Log) Close() error {
-	if err := l.f.Close(); err != nil || len(l.debts) > 0 {
+	if err := l.f.Close(); err != nil || len(l.Debts()) > 0 {
 		return err
 	}
 	failpoint.Here("journal.closing")
@@ -294,19 +322,25 @@ func (l *Log) append(r record, durable bool) error {
 	}
 	b = append(b, '\n')
 	at := "journal." + string(r.Op)
-	failpoint.Here(at + ".before")
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if r.Op != opLease { // no decision hangs on a state that was written or was not
+		failpoint.Here(at + ".before")
+	}
 	if err := l.write(at, b, durable); err != nil {
 		// A half-written record would swallow the next one.
 		err = errors.Join(err, l.f.Truncate(l.size))
 		l.failed = fmt.Errorf("journal %s: %w", l.Job, err)
 		// In memory the record stands, so that this life of the agent goes on
 		// releasing; what the disk lacks is released once more after a crash.
-		if r.Op == opRelease || r.Op == opHeld || r.Op == opOutcome {
+		if r.Op == opRelease || r.Op == opHeld || r.Op == opLease || r.Op == opOutcome {
 			l.apply(r)
 		}
 		return l.failed
 	}
-	failpoint.Here(at + ".after")
+	if r.Op != opLease {
+		failpoint.Here(at + ".after")
+	}
 	l.size += int64(len(b))
 	l.apply(r)
 	return nil
@@ -316,7 +350,14 @@ func (l *Log) apply(r record) {
 	switch r.Op {
 	case opBegin, opIntend:
 		l.Generation = max(l.Generation, r.Generation)
-		l.debts = append(l.debts, r.Debts...)
+		for _, d := range r.Debts {
+			if d.Kind == kindLease {
+				d.State = Intended
+			}
+			l.debts = append(l.debts, d)
+		}
+	case opLease:
+		l.turned(r)
 	case opHeld:
 		for i := range l.debts {
 			if l.debts[i].Name == r.Name {
