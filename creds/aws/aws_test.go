@@ -215,7 +215,7 @@ func TestKilledAtAWS(t *testing.T) {
 		t.Fatal(err)
 	}
 	l := life{Endpoint: f.URL, Region: fakeRegion, Role: fakeRole, RevokerKey: revokerKey, RevokerSecret: revokerSecret, URL: id.url, Keys: id.keys.b}
-	killAtEveryPoint(t, l, func(point, name string, _ []byte) {
+	credstest.KilledAtEveryPoint(t, l, 2, func(point, name string, _ []byte) {
 		if err := i.Revoke(t.Context(), name, nil); err != nil {
 			t.Errorf("killed at %s: Revoke: %v", point, err)
 		}

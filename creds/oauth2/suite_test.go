@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -246,5 +245,3 @@ func TestValidate(t *testing.T) {
 		}
 	}
 }
-
-func name(n int) string { return fmt.Sprintf("crash-%d", n) }

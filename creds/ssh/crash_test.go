@@ -1,104 +1,41 @@
 package ssh_test
 
 import (
-	"context"
-	"encoding/json"
-	"errors"
-	"fmt"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
+	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/creds/credstest"
 	"github.com/mayfly-ci/mayfly/creds/ssh"
 )
 
-// A life is what the process that is to be killed does: issue and revoke.
-type life struct {
-	Dir, Address, KnownHosts, List, Name string
-	KillAt                               int // point at which it dies; 0 is never
-}
+// A life is what the agent that is killed needs.
+type life struct{ Dir, Address, KnownHosts, List string }
 
 func TestMain(m *testing.M) {
-	if text := os.Getenv("SSH_LIFE"); text != "" {
-		if err := live(text); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
-	os.Exit(m.Run())
-}
-
-func live(text string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	var l life
-	if err := json.Unmarshal([]byte(text), &l); err != nil {
-		return err
-	}
-	points := 0
-	i, err := ssh.New(ssh.Config{
-		CA: read(filepath.Join(l.Dir, "ca")), Principals: []string{"deploy"}, Address: l.Address, KnownHosts: l.KnownHosts, User: "root",
-		List: l.List, Owner: owner, Store: safe{filepath.Join(l.Dir, "revoked"), new(sync.Mutex)},
-		Trace: func(point string) {
-			_, _ = fmt.Fprintln(os.Stdout, point)
-			if points++; points == l.KillAt {
-				_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
-			}
-		},
+	credstest.Main(m, func(l life, trace func(string)) (creds.Issuer, creds.Grant, error) {
+		i, err := ssh.New(ssh.Config{
+			CA: read(filepath.Join(l.Dir, "ca")), Principals: []string{"deploy"}, Address: l.Address, KnownHosts: l.KnownHosts, User: "root",
+			List: l.List, Owner: owner, Store: safe{filepath.Join(l.Dir, "revoked"), new(sync.Mutex)}, Trace: trace,
+		})
+		return i, grant(rootScope), err
 	})
-	if err != nil {
-		return err
-	}
-	lease, err := i.Issue(ctx, l.Name, grant(rootScope))
-	if err != nil {
-		return err
-	}
-	return i.Revoke(ctx, l.Name, lease.Handle)
 }
 
-// testKilledAtEveryPoint kills the agent between any two outside effects. The
-// next life knows the name and nothing else.
+// testKilledAtEveryPoint: the next life knows the name and nothing else.
 func testKilledAtEveryPoint(t *testing.T, w *world) {
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	var points []string
-	for n := 0; n <= len(points); n++ {
-		name := fmt.Sprintf("crash-%d", n)
-		text, err := json.Marshal(life{w.dir, w.Address(), w.KnownHosts(), w.List(), name, n})
-		if err != nil {
-			t.Fatal(err)
-		}
-		cmd := exec.CommandContext(t.Context(), exe)
-		cmd.Env = append(os.Environ(), "SSH_LIFE="+string(text))
-		cmd.Stderr = os.Stderr
-		out, err := cmd.Output()
-		seen := strings.Fields(string(out))
-		if n == 0 {
-			if points = seen; err != nil || len(points) != 3 {
-				t.Fatalf("a life without a kill: %v, points %v, want 3", err, points)
-			}
-			continue
-		}
-		var exit *exec.ExitError
-		if !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL || len(seen) != n {
-			t.Fatalf("life %d: ended with %v after %v, want a kill at %s", n, err, seen, points[n-1])
-		}
+	credstest.KilledAtEveryPoint(t, life{w.dir, w.Address(), w.KnownHosts(), w.List()}, 3, func(point, name string, _ []byte) {
 		if err := w.issuer.Revoke(t.Context(), name, nil); err != nil {
-			t.Errorf("killed at %s: Revoke: %v", points[n-1], err)
+			t.Errorf("killed at %s: Revoke: %v", point, err)
 		}
 		p, err := w.issuer.Probe(t.Context(), name, nil)
 		if err != nil || !strings.Contains(p.How, "its own key is not known") {
-			t.Errorf("killed at %s: Probe: got %+v and %v, want a proof that says what it rests on", points[n-1], p, err)
+			t.Errorf("killed at %s: Probe: got %+v and %v, want a proof that says what it rests on", point, p, err)
 		}
-	}
+	})
 }
 
 func TestValidate(t *testing.T) {

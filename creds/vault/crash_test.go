@@ -1,124 +1,51 @@
 package vault_test
 
 import (
-	"context"
-	"encoding/json"
-	"errors"
-	"fmt"
-	"os"
-	"os/exec"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
-	"time"
 
 	"github.com/mayfly-ci/mayfly/creds"
+	"github.com/mayfly-ci/mayfly/creds/credstest"
 	"github.com/mayfly-ci/mayfly/creds/oidc"
 	"github.com/mayfly-ci/mayfly/creds/vault"
 )
 
-// A life is what the process that is to be killed does: issue and revoke.
+// A life is what the agent that is killed needs.
 type life struct {
 	Config vault.Config
-	URL    string
+	URL    string // of the identity
 	Keys   []byte
-	Name   string
-	KillAt int // point at which it dies; 0 is never
 }
 
 func TestMain(m *testing.M) {
-	if text := os.Getenv("VAULT_LIFE"); text != "" {
-		if err := live(text); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
-	os.Exit(m.Run())
-}
-
-func live(text string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	var l life
-	if err := json.Unmarshal([]byte(text), &l); err != nil {
-		return err
-	}
-	identity, err := oidc.New(oidc.Config{URL: l.URL, Owner: owner, Store: &safe{l.Keys}})
-	if err != nil {
-		return err
-	}
-	points := 0
-	l.Config.Owner, l.Config.Sign = owner, (&world{identity: identity}).sign
-	l.Config.Trace = func(point string) {
-		_, _ = fmt.Fprintln(os.Stdout, point)
-		if points++; points == l.KillAt {
-			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
-		}
-	}
-	i, err := vault.New(l.Config)
-	if err != nil {
-		return err
-	}
-	defer i.Close()
-	lease, err := i.Issue(ctx, l.Name, grant(dbScope))
-	if err != nil {
-		return err
-	}
-	return i.Revoke(ctx, l.Name, lease.Handle)
-}
-
-// testKilledAtEveryPoint kills the agent between any two outside effects. The
-// next life knows the name and nothing else.
-func testKilledAtEveryPoint(t *testing.T, w *world) {
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	var points []string
-	for n := 0; n <= len(points); n++ {
-		l := life{w.config(), w.url, w.keys.b, fmt.Sprintf("crash-%d", n), n}
-		l.Config.Sign = nil
-		text, err := json.Marshal(l)
+	credstest.Main(m, func(l life, trace func(string)) (creds.Issuer, creds.Grant, error) {
+		identity, err := oidc.New(oidc.Config{URL: l.URL, Owner: owner, Store: &safe{l.Keys}})
 		if err != nil {
-			t.Fatal(err)
+			return nil, creds.Grant{}, err
 		}
-		cmd := exec.CommandContext(t.Context(), exe)
-		cmd.Env = append(os.Environ(), "VAULT_LIFE="+string(text))
-		cmd.Stderr = os.Stderr
-		out, err := cmd.Output()
-		seen := strings.Fields(string(out))
-		if n == 0 {
-			if points = seen; err != nil || len(points) != 5 {
-				t.Fatalf("a life without a kill: %v, points %v, want 5", err, points)
-			}
-			continue
-		}
-		var exit *exec.ExitError
-		if !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL || len(seen) != n {
-			t.Fatalf("life %d: ended with %v after %v, want a kill at %s", n, err, seen, points[n-1])
-		}
-		w.recoverFrom(points[n-1], l.Name)
-	}
-	t.Logf("killed at %v", points)
+		l.Config.Owner, l.Config.Sign, l.Config.Trace = owner, (&world{identity: identity}).sign, trace
+		i, err := vault.New(l.Config)
+		return i, grant(dbScope), err
+	})
 }
 
-// recoverFrom is what the next life does, and looks at what is left.
-func (w *world) recoverFrom(point, name string) {
-	w.t.Helper()
-	if err := w.issuer.Revoke(w.t.Context(), name, nil); err != nil {
-		w.t.Errorf("killed at %s: Revoke: %v", point, err)
-	}
-	p, err := w.issuer.Probe(w.t.Context(), name, nil)
-	if err != nil || !strings.Contains(p.How, "no login tried") {
-		w.t.Errorf("killed at %s: Probe: got %+v and %v, want a proof that says what it rests on", point, p, err)
-	}
-	infos, err := w.issuer.List(w.t.Context())
-	if err != nil || slices.ContainsFunc(infos, func(i creds.Info) bool { return i.Name == name }) {
-		w.t.Errorf("killed at %s: List: got %+v and %v, want %s not in it", point, infos, err, name)
-	}
-	eventually(w.t, "the role of a lease killed at "+point+" is gone", func() bool {
-		return w.try("DO $$ BEGIN IF EXISTS (SELECT FROM pg_roles WHERE rolname LIKE 'v-%') THEN RAISE 'there'; END IF; END $$") == nil
+// testKilledAtEveryPoint: the next life knows the name and nothing else.
+func testKilledAtEveryPoint(t *testing.T, w *world) {
+	credstest.KilledAtEveryPoint(t, life{w.config(), w.url, w.keys.b}, 5, func(point, name string, _ []byte) {
+		if err := w.issuer.Revoke(t.Context(), name, nil); err != nil {
+			t.Errorf("killed at %s: Revoke: %v", point, err)
+		}
+		p, err := w.issuer.Probe(t.Context(), name, nil)
+		if err != nil || !strings.Contains(p.How, "no login tried") {
+			t.Errorf("killed at %s: Probe: got %+v and %v, want a proof that says what it rests on", point, p, err)
+		}
+		infos, err := w.issuer.List(t.Context())
+		if err != nil || slices.ContainsFunc(infos, func(i creds.Info) bool { return i.Name == name }) {
+			t.Errorf("killed at %s: List: got %+v and %v, want %s not in it", point, infos, err, name)
+		}
+		eventually(t, "the role of a lease killed at "+point+" is gone", func() bool {
+			return w.try("DO $$ BEGIN IF EXISTS (SELECT FROM pg_roles WHERE rolname LIKE 'v-%') THEN RAISE 'there'; END IF; END $$") == nil
+		})
 	})
 }
