@@ -123,13 +123,16 @@ func placeholders(l policy.Lease, lease creds.Lease) (map[string]string, error) 
 	return stand, errors.Join(errs...)
 }
 
-// withhold refuses to give a job a value that its issuer lets no job have.
+// withhold refuses to give a job a value that its issuer lets no job have, or whose
+// uses are counted.
 func withhold(l policy.Lease, lease creds.Lease) error {
-	if !lease.Withheld {
+	if !lease.Withheld && l.Uses == 0 {
 		return nil
 	}
 	for _, field := range l.InClear() {
-		if _, ok := lease.Values[field]; ok {
+		if _, ok := lease.Values[field]; ok && !lease.Withheld {
+			return fmt.Errorf("lease %s: the job would hold %q, whose uses could not be counted (uses: %d): name it under broker", l.Name, field, l.Uses)
+		} else if ok {
 			return fmt.Errorf("lease %s: the job would hold %q, which issuer %s lets no job have: name it under broker, and not under clear", l.Name, field, l.Issuer)
 		}
 	}

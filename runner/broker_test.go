@@ -26,6 +26,7 @@ rules:
       - name: deploy
         issuer: pg
         step: deploy
+        uses: 2
         files: {deploy.key: password}
         broker: [{name: deploy.example, port: 443, as: header, header: x-token, value: password, foreign: strip, absent: pass}]
 `
@@ -70,7 +71,7 @@ func TestBroker(t *testing.T) {
 	}
 	for name, want := range map[string]egress.Injection{
 		"job":    {Lease: "job", As: egress.Basic, User: "u"},
-		"deploy": {Lease: "deploy", As: egress.Header, Name: "X-Token", Strip: true, Pass: true},
+		"deploy": {Lease: "deploy", As: egress.Header, Name: "X-Token", Strip: true, Pass: true, Uses: 2},
 	} {
 		o := g.opened[name]
 		if len(o.Rules.Allow) != 1 || o.Parent == "" || o.Rules.Allow[0].Inject == nil {
@@ -109,6 +110,10 @@ func TestBrokerFails(t *testing.T) {
 		"a user that is not issued":  func(s string) string { return strings.Replace(s, "user: username", "user: login", 1) },
 		"the value in another field": func(s string) string {
 			return strings.Replace(s, "TOKEN: password, NAME: username", "TOKEN: dsn", 1)
+		},
+		"uses of a lease of which the job has a part": func(s string) string {
+			s = strings.Replace(s, "as: basic, value: password", "as: basic, value: dsn", 1)
+			return strings.Replace(s, "issuer: pg", "issuer: pg\n        uses: 9", 1)
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

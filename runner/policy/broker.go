@@ -120,7 +120,7 @@ func (n brokerNode) broker(l leaseNode) (Broker, placed, error) {
 	e, err := out.egress()
 	in := &egress.Injection{
 		Lease: string(l.Name), As: egress.Place(n.As), Name: n.Header + n.Query,
-		Strip: n.Foreign == "strip", Pass: n.Absent == "pass",
+		Strip: n.Foreign == "strip", Pass: n.Absent == "pass", Uses: int(l.Uses),
 	}
 	if in.As == egress.SigV4 {
 		in.Signing = &egress.Signing{Regions: texts(n.With.Regions), Services: texts(n.With.Services)}

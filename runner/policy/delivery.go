@@ -24,5 +24,8 @@ func (l Lease) Delivery() string {
 		}
 		all = append(all, text)
 	}
+	if l.Uses > 0 {
+		all = append(all, fmt.Sprintf("at most %d uses", l.Uses))
+	}
 	return strings.Join(all, ", ")
 }

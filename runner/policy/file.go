@@ -92,6 +92,7 @@ type leaseNode struct {
 	Login  []loginNode        `yaml:"login"`
 	Clear  []field            `yaml:"clear"`
 	When   when               `yaml:"when"`
+	Uses   requestNumber      `yaml:"uses"`
 }
 
 // decode reads the file and reports everything that is wrong with it.
@@ -221,6 +222,9 @@ func (l leaseNode) check() error {
 	if len(l.Env) == 0 && len(l.Files) == 0 && len(l.Broker)+len(l.Login) == 0 {
 		return l.Self.Errorf("lease is delivered nowhere: add broker, login, env or files")
 	}
+	if l.Uses > 0 && (len(l.Broker)+len(l.Login) == 0 || len(l.Clear) > 0) {
+		return l.Self.At("uses").Errorf("uses are counted at the gateway, and lease %s is given to the job in clear: deliver it by broker or login, without clear", l.Name)
+	}
 	return nil
 }
 
@@ -239,7 +243,7 @@ func (l leaseNode) lease() (Lease, error) {
 	return Lease{
 		Name: string(l.Name), Issuer: string(l.Issuer), Step: string(l.Step),
 		TTL: time.Duration(l.TTL), Scope: scope,
-		Env: stringMap(l.Env), Files: stringMap(l.Files), Broker: brokers, Clear: texts(l.Clear),
+		Env: stringMap(l.Env), Files: stringMap(l.Files), Broker: brokers, Clear: texts(l.Clear), Uses: int(l.Uses),
 	}, strict.Join(err, berr)
 }
 

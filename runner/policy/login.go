@@ -73,7 +73,7 @@ func (n loginNode) broker(l leaseNode) (Broker, placed, error) {
 		Self: n.Self, Name: n.Name, Port: n.Port, Protocol: protocol(n.Protocol), Resolve: n.Resolve, CA: n.CA, Step: l.Step, Purpose: n.Purpose,
 	}
 	e, err := out.egress()
-	e.Rule.Inject = &egress.Injection{Lease: string(l.Name), As: egress.Password, User: string(n.As)}
+	e.Rule.Inject = &egress.Injection{Lease: string(l.Name), As: egress.Password, User: string(n.As), Uses: int(l.Uses)}
 	b := Broker{Value: string(n.Value), User: string(n.User), Database: string(n.Database)}
 	errs := []error{err, n.checkKeys()}
 	switch egress.Protocol(n.Protocol) {

@@ -108,6 +108,9 @@ type Lease struct {
 	// and Files get placeholders of these values, but for those that Clear names.
 	Broker []Broker `json:"broker,omitempty"`
 	Clear  []string `json:"clear,omitempty"`
+	// Uses is how many requests or logins may have a brokered value, counted over
+	// all of Broker; 0 is any number.
+	Uses int `json:"uses,omitempty"`
 
 	when *condition
 }

@@ -74,6 +74,10 @@ type Injection struct {
 	// Chain is the certificate of Certificate, and those that lead to its
 	// authority, as PEM. Value is a PEM then, too.
 	Chain string `json:",omitempty"`
+	// Uses is how many requests, or logins, may have the credential: those of all
+	// rules of an opening with the same Lease are counted together, and each that
+	// was let through counts, whatever became of it. 0 is any number.
+	Uses int `json:",omitempty"`
 }
 
 const (
@@ -90,6 +94,9 @@ const (
 // Check says why the injection cannot be made as it is written. It looks at the
 // credential if there is one, and says nothing of it.
 func (in Injection) Check() error {
+	if in.Uses < 0 {
+		return fmt.Errorf("uses %d: a number of uses is 1 or more, 0 is any", in.Uses)
+	}
 	if in.As == SSHKey || in.As == Password {
 		return in.checkLogin()
 	}

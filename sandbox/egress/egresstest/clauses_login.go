@@ -25,6 +25,8 @@ func loginClauses() []clause {
 		{"postgres: user, database and password are the lease's", pgNarrow},
 		{"postgres: the destination owns its name", pgOwnsName},
 		{"postgres: a session is cancelled by its own box", pgCancel},
+		{"https: a credential is given away as often as it has uses", usesHTTPS},
+		{"a login is made as often as its lease has uses", usesLogin},
 		{"a login without a lease, or a host key, is refused", badLogins},
 	}
 }

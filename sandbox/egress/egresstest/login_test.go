@@ -71,6 +71,8 @@ func loginMutants() map[string]mutation {
 			}
 			return all
 		})),
+		"https: a credential is given away as often as it has uses": of(each(anyUses)),
+		"a login is made as often as its lease has uses":            of(each(anyUses)),
 		"postgres: a session is cancelled by its own box": of(each(func(r *egress.Rule) {
 			r.Protocol, r.CA, r.Inject = egress.TCP, "", nil
 		})),
@@ -80,5 +82,13 @@ func loginMutants() map[string]mutation {
 			}
 			return nil
 		}}),
+	}
+}
+
+// anyUses forgets how often a credential may be used.
+func anyUses(r *egress.Rule) {
+	if r.Inject != nil {
+		in := *r.Inject
+		in.Uses, r.Inject = 0, &in
 	}
 }

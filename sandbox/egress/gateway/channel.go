@@ -158,6 +158,11 @@ func (x *channel) start(ctx context.Context, r *ssh.Request) {
 	// A job that takes nothing any more would hold the channel; not the connection.
 	stop := context.AfterFunc(ctx, func() { reset(x.job) })
 	defer stop()
+	if err := g.inject.uses.take(g.inject.Lease); err != nil {
+		line.Verdict, line.Reason = verdict(err)
+		x.over(line, g.scope.book)
+		return
+	}
 	up, events, hangUp, err := x.reachSSH(ctx, g, &line)
 	if err != nil {
 		line.Verdict, line.Reason = verdict(cmp.Or(context.Cause(ctx), err))

@@ -228,11 +228,16 @@ func (x *exchange) admit(r *http.Request, v *visit) error {
 	if use != nil && use.puts() {
 		v.line.Request.Lease = use.Lease
 	}
-	if v.narrow == nil {
-		return nil
+	if v.narrow != nil {
+		v.line.Request.Path = v.narrow.Path
+		if err := v.narrow.pass(r.Context()); err != nil {
+			return err
+		}
 	}
-	v.line.Request.Path = v.narrow.Path
-	return v.narrow.pass(r.Context())
+	if use != nil && use.puts() {
+		return use.uses.take(use.Lease)
+	}
+	return nil
 }
 
 // turnAway ends a request that does not pass.

@@ -24,6 +24,7 @@ type injection struct {
 	hidden *mask.Set
 	cert   *tls.Certificate // of Certificate
 	wallet *wallet          // of OCIToken and OCIRegistry
+	uses   *uses
 	names  *mask.Set        // hides it where all is lower case: in names of headers
 }
 

@@ -53,6 +53,10 @@ func (c *session) servePostgres(ctx context.Context) {
 		return
 	}
 	c.line.Rule, c.line.Request.Lease = g.ID, g.inject.Lease
+	if err := g.inject.uses.take(g.inject.Lease); err != nil {
+		c.end(conn, err)
+		return
+	}
 	// The rule may be another than that of the connection, and end before it.
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)

@@ -22,12 +22,22 @@ type published struct {
 // that is opened anew later is another box. The caller holds g.mu.
 func (g *Gateway) grants(o egress.Opening) ([]grant, []published, error) {
 	var all []grant
+	counts := counters{}
+	for _, r := range o.Rules.Allow {
+		if r.Inject != nil {
+			counts.of(r.Inject.Lease, r.Inject.Uses)
+		}
+	}
 	for _, r := range o.Rules.Allow {
 		into, err := g.into(r)
 		if err != nil {
 			return nil, nil, err
 		}
-		all = append(all, grant{Rule: r, into: into, narrows: narrows(r.Requests), inject: newInjection(r.Inject)})
+		in := newInjection(r.Inject)
+		if in != nil {
+			in.uses = counts[in.Lease]
+		}
+		all = append(all, grant{Rule: r, into: into, narrows: narrows(r.Requests), inject: in})
 	}
 	if err := wallets(all); err != nil {
 		return nil, nil, err
