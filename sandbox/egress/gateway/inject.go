@@ -25,7 +25,7 @@ type injection struct {
 	cert   *tls.Certificate // of Certificate
 	wallet *wallet          // of OCIToken and OCIRegistry
 	uses   *uses
-	names  *mask.Set        // hides it where all is lower case: in names of headers
+	names  *mask.Set // hides it where all is lower case: in names of headers
 }
 
 func newInjection(in *egress.Injection) *injection {

@@ -96,7 +96,7 @@ func (w *wallet) keep(of *injection, asked, token string) (made *injection, fres
 		return nil, false, denied("the realm gave a token that cannot be kept from the job: %v", err)
 	}
 	made = newInjection(&in)
-	made.wallet = w
+	made.wallet, made.uses = w, of.uses
 	made.hidden = mask.New([]creds.Secret{in.Value, of.Value})
 	w.tokens[place] = made
 	return made, fresh, nil
