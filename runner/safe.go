@@ -77,6 +77,9 @@ const sealedHeader = "mayfly sealed 1\n"
 // Seal makes of a secret a text that only this installation can open, and only
 // for that name. It can be called beside a living agent.
 func (s *State) Seal(name string, secret creds.Secret, at time.Time) (string, error) {
+	if s.key.Count() == 0 {
+		return "", errors.New("seal: no key here: the service manager gives it to the agent alone (CREDENTIALS_DIRECTORY)")
+	}
 	b, err := json.Marshal(struct {
 		Sealed
 		Text string `json:"text"`

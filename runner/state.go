@@ -25,7 +25,8 @@ var ErrInUse = errors.New("state directory in use by another agent")
 // State is what outlives an agent: its identity, its journal and its key.
 //
 //	agent.json   installation id and generation (how many lives it has had)
-//	seal.key     0600; opens the handles in the journal, and safes
+//	seal.key     0600; opens the handles in the journal, and safes; the service
+//	             manager may give another one (seal.Credential)
 //	jobs/        the journal
 //	safe/        what each Safe holds, sealed
 //	lock         flock, held while an agent lives
@@ -127,7 +128,7 @@ func load(dir string, next bool) (*State, error) {
 			return nil, fmt.Errorf("state: %w", err)
 		}
 	}
-	key, err := seal.Load(filepath.Join(dir, "seal.key"))
+	key, err := loadKey(filepath.Join(dir, sealFile), !next)
 	if err != nil {
 		return nil, fmt.Errorf("state: %w", err)
 	}

@@ -242,5 +242,5 @@ func (w *wiring) examineState() []finding {
 	if err != nil {
 		f.State, f.Detail = stateMissing, err.Error()
 	}
-	return []finding{f, examineLeases(jobs)}
+	return []finding{f, w.examineKeys(), examineLeases(jobs)}
 }

@@ -45,7 +45,7 @@ func commands() []command {
 		{"reap", "[--dry-run] [--config FILE]", "destroy what carries our label and no journal knows", runReap},
 		{"image", "pull NAME | import FILE [--name NAME] | list | prune | remove NAME [--runtime NAME] [--config FILE]", "the images that the agent keeps itself; an import needs no registry", runImage},
 		{"oidc", "export DIR [--config FILE]", "write what verifies the agent's identity, for a web server", runOIDC},
-		{"seal", "ISSUER FILE [--config FILE]", "write a secret from the standard input so that only this installation can read it", runSeal},
+		{"seal", "ISSUER FILE | --rotate | --forget [--config FILE]", "write a secret from the standard input so that only this installation can read it; or change the key for that", runSeal},
 		{"audit", "show | verify | explain CREDENTIAL|JOB [--job ID] [--action NAME] [--expect HEAD] [--config FILE]", "read the record, check that nobody changed it, or follow credentials from mint to receipt", runAudit},
 		{"version", "", "print the version", runVersion},
 	}
@@ -73,6 +73,10 @@ func mainExit(args []string, stdout, stderr io.Writer) int {
 			return 0
 		}
 		args = []string{args[1], "--help"}
+	}
+	if err := harden(); err != nil {
+		fmt.Fprintln(stderr, "mayfly:", err)
+		return exitOwed
 	}
 	if args[0] == containerd.AskArg { // a child of the agent's
 		if err := containerd.Ask(os.Stdin, stdout); err != nil {

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -24,11 +25,18 @@ import (
 // runSeal writes a secret so that only this installation can read it, for one
 // section of the configuration. It works beside a living agent.
 func runSeal(c *call) error {
-	o, err := c.flags("seal", 2, nil)
+	var rotate, forget bool
+	o, err := c.flags("seal", 2, func(fs *flag.FlagSet) {
+		fs.BoolVar(&rotate, "rotate", false, "make a new key, and seal all that the agent has with it; the agent must not run")
+		fs.BoolVar(&forget, "forget", false, "remove the keys before the newest, after a rotation; the agent must not run")
+	})
 	if err != nil {
 		return err
 	}
-	if len(o.args) != 2 {
+	if (rotate || forget) && len(o.args) == 0 {
+		return c.rotate(o, rotate, forget)
+	}
+	if len(o.args) != 2 || rotate || forget {
 		return usageError(`want "mayfly seal ISSUER FILE", and the secret on the standard input`)
 	}
 	cfg, err := configs.Load(o.config)
@@ -92,6 +100,10 @@ func writeSealed(path, text string) error {
 // sealed reads a secret of an issuer each time that it is asked, opened if it is
 // sealed. The file need not be there yet.
 func (w *wiring) sealed(issuer, path string) func() (runner.Sealed, error) {
+	if w.sealedFiles == nil {
+		w.sealedFiles = map[string]string{}
+	}
+	w.sealedFiles[path] = issuer
 	return func() (runner.Sealed, error) {
 		text, err := configs.ReadSecret(path)
 		if err != nil {

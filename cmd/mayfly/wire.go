@@ -47,6 +47,7 @@ type wiring struct {
 	// authorities of the way out, as PEM; "" is the system's.
 	authorities string
 	closers     []func() error
+	sealedFiles map[string]string // that issuers read, by path: whose
 }
 
 // wire takes the state for a new life of the agent.

@@ -173,6 +173,59 @@ func (j *Journal) Peek() ([]*Log, error) {
 	return logs, errors.Join(errs...)
 }
 
+// Reseal seals every handle with the newest key. No agent may be running. What no
+// key opens stays as it is.
+func (j *Journal) Reseal() error {
+	paths, err := filepath.Glob(filepath.Join(j.dir, "*"+suffix))
+	if err != nil {
+		return fmt.Errorf("journal: %w", err)
+	}
+	for _, path := range paths {
+		if err := j.reseal(path); err != nil {
+			return fmt.Errorf("journal %s: %w", filepath.Base(path), err)
+		}
+	}
+	return nil
+}
+
+func (j *Journal) reseal(path string) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	var out bytes.Buffer
+	for line := range bytes.Lines(b) {
+		var r record
+		if json.Unmarshal(line, &r) == nil && r.Handle != nil && r.Version <= Version {
+			if plain, err := j.key.Open(r.Name, r.Handle); err == nil {
+				r.Handle = j.key.Seal(r.Name, plain)
+				clear(plain)
+				if line, err = json.Marshal(r); err != nil {
+					return err
+				}
+				line = append(line, '\n')
+			}
+		}
+		out.Write(line)
+	}
+	fresh := path + ".new" // which is no log
+	if err := os.WriteFile(fresh, out.Bytes(), 0o600); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(fresh, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	err = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, reserve)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		err = nil
+	}
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return errors.Join(err, os.Remove(fresh))
+	}
+	return errors.Join(os.Rename(fresh, path), syncDir(j.dir))
+}
+
 func (j *Journal) reopen(path string) (*Log, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
