@@ -3,9 +3,11 @@ package main
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/mayfly-ci/mayfly/runner/audit"
+	"github.com/mayfly-ci/mayfly/sandbox/egress"
 )
 
 // An explained is one lease, from mint to receipt, as the record has it.
@@ -15,8 +17,30 @@ type explained struct {
 	Facts   map[string]string `json:"facts"`   // of job.admit: whose job, rule, policy
 	Request audit.Event       `json:"request"` // issuer, step, scope, delivery
 	Issued  *audit.Event      `json:"issued,omitempty"`
-	Uses    []audit.Event     `json:"uses,omitempty"` // lines of the ledger with it
-	Ends    []audit.Event     `json:"ends,omitempty"` // attempts to revoke, and receipts
+	Uses    []audit.Event     `json:"uses,omitempty"`    // lines of the ledger with it
+	Refused []audit.Event     `json:"refused,omitempty"` // its placeholder, where it is not for
+	Ends    []audit.Event     `json:"ends,omitempty"`    // renewal, attempts to revoke, and receipts
+}
+
+// jobOf is the job that a lease is of: everything before the second hyphen.
+func jobOf(name string) string {
+	prefix, rest, _ := strings.Cut(name, "-")
+	id, _, more := strings.Cut(rest, "-")
+	if !more {
+		return name
+	}
+	return prefix + "-" + id
+}
+
+// useName is what the ledger calls a lease: "db", and after its first renewal
+// "db#1". In the name of a lease that count is in base 36.
+func useName(lease string) string {
+	turn, name, _ := strings.Cut(strings.TrimPrefix(lease, jobOf(lease)+"-l"), "-")
+	n, err := strconv.ParseInt(turn, 36, 32)
+	if err != nil {
+		return name
+	}
+	return name + "#" + strconv.FormatInt(n, 10)
 }
 
 // explainAudit is "mayfly audit explain": a lease by its name, or all of a job.
@@ -25,7 +49,7 @@ func (c *call) explainAudit(o *options, dir, expect, name string) error {
 	if err != nil {
 		return err
 	}
-	job, _, _ := strings.Cut(name, "-l-")
+	job := jobOf(name)
 	var facts map[string]string
 	var all []*explained
 	of := func(match func(*explained) bool) *explained {
@@ -57,8 +81,12 @@ func (c *call) explainAudit(o *options, dir, expect, name string) error {
 				}
 			}
 		case strings.HasPrefix(e.Action, "egress.") && e.Detail["lease"] != "":
-			used := of(func(x *explained) bool { return x.Lease == job+"-l-"+e.Detail["lease"] })
-			used.Uses = append(used.Uses, e)
+			used := of(func(x *explained) bool { return useName(x.Lease) == e.Detail["lease"] })
+			if e.Detail["verdict"] == string(egress.Refused) {
+				used.Refused = append(used.Refused, e)
+			} else {
+				used.Uses = append(used.Uses, e)
+			}
 		}
 	}
 	if len(all) == 0 {
@@ -89,7 +117,7 @@ func (x *explained) text() string {
 	if step == "" {
 		step = "the whole job"
 	}
-	for _, kv := range [][2]string{{"rule", d["rule"]}, {"issuer", d["issuer"]}, {"held in", step}, {"delivery", d["delivery"]}, {"scope", d["scope"]}, {"intended", at(x.Request) + " until " + d["expires"]}} {
+	for _, kv := range [][2]string{{"rule", d["rule"]}, {"issuer", d["issuer"]}, {"held in", step}, {"delivery", d["delivery"]}, {"reach", d["reach"]}, {"scope", d["scope"]}, {"renews", d["renews"]}, {"intended", at(x.Request) + " until " + d["expires"]}} {
 		line(kv[0], kv[1])
 	}
 	if x.Issued == nil {
@@ -111,6 +139,9 @@ func (x *explained) text() string {
 	if len(x.Uses) == 0 {
 		line("used", "no use went through the gateway with it; what a job holds in clear is not seen there")
 	}
+	for _, e := range x.Refused {
+		line("refused", strings.TrimSpace(at(e)+" "+e.Object+":"+e.Detail["port"]+" "+e.Detail["method"]+" "+e.Detail["path"])+"  step "+e.Detail["step"]+": "+e.Result)
+	}
 	x.ends(line, at)
 	return b.String()
 }
@@ -131,7 +162,9 @@ func (x *explained) ends(line func(key, value string), at func(audit.Event) stri
 		d := e.Detail
 		switch {
 		case e.Action == "lease.unprovable":
-			line("unprovable", at(e)+" "+d["why"])
+			line("unprovable", strings.TrimSuffix(at(e)+" until "+d["until"], " until ")+" "+d["why"])
+		case e.Action == "lease.renew":
+			line("renewed", at(e)+" by "+d["by"])
 		case e.Action == "release.stuck":
 			line("stuck", at(e)+" "+e.Result)
 		default:

@@ -48,3 +48,18 @@ func TestExplainStuck(t *testing.T) {
 		}
 	}
 }
+
+// TestUseName: uses are those of the lease that was in use, renewed or not.
+func TestUseName(t *testing.T) {
+	t.Parallel()
+	for lease, want := range map[string]string{
+		"mf-abc-l-db": "db", "mf-abc-l1-db": "db#1", "mf-abc-lz-a-b": "a-b#35", "mf-abc-l10-l-x": "l-x#36", "mf-abc-l-l1-x": "l1-x",
+	} {
+		if got := useName(lease); got != want || jobOf(lease) != "mf-abc" {
+			t.Errorf("%s: got %q of %q, want %q", lease, got, jobOf(lease), want)
+		}
+	}
+	if jobOf("mf-abc") != "mf-abc" {
+		t.Error("a job is not its own")
+	}
+}

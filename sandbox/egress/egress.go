@@ -148,7 +148,8 @@ type Exchange struct {
 	// it is the pattern, or CommandShape; of a login the database.
 	Path   string `json:"path,omitempty"`
 	Status int    `json:"status,omitempty"` // of the answer, when it Ended; of a command its exit status
-	// Lease is whose credential the destination gets, if it gets one.
+	// Lease is whose credential the destination gets, if it gets one; or whose
+	// placeholder stood where it is not for, and was refused.
 	Lease string `json:"lease,omitempty"`
 }
 

@@ -216,6 +216,7 @@ func (x *exchange) admit(r *http.Request, v *visit) error {
 		use, v.grant, v.line.Rule = p.use, p.grant, p.grant.ID
 	}
 	if lease := c.box.tripped(r, use); lease != "" {
+		v.line.Request.Lease = lease
 		return denied("tripwire: the placeholder of lease %s is in a request, or in a place of it, that it is not for", lease)
 	}
 	if err != nil {

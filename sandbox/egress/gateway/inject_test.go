@@ -153,6 +153,9 @@ func TestInjection(t *testing.T) {
 			s.quiet()
 			given := strings.Contains(tt.want, "REAL")
 			lines := s.await("line of the request", has(func(l egress.Line) bool {
+				if tt.want == trip {
+					return l.Verdict == egress.Refused && l.Request.Lease == "lease"
+				}
 				return given && l.Verdict == egress.Ended && l.Request.Lease == "lease" || !given && l.Request.Lease == "" && l.Rule == "lease"
 			}))
 			if tt.want == trip && !refusedWith("tripwire: the placeholder of lease lease")(lines) {
