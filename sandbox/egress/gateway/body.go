@@ -70,6 +70,9 @@ func (a *answered) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	if err != nil {
 		return nil, nil, err
 	}
+	if f, ok := conn.(*framed); ok {
+		f.release()
+	}
 	return &tunnel{Conn: conn, sent: &a.sent.meter, received: &a.meter}, rw, nil
 }
 

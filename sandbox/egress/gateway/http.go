@@ -7,6 +7,7 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/http/httputil"
 	"strconv"
 	"sync"
@@ -33,6 +34,7 @@ type exchange struct {
 	out     *http.Transport
 	wg      sync.WaitGroup // requests that took the connection over
 	pending atomic.Bool    // bytes of a request came, and its line is not written
+	in      *framed        // the job's end; nil with HTTP/2
 
 	mu    sync.Mutex
 	first net.Conn // dialled, not yet used
@@ -57,6 +59,10 @@ func (c *session) serveHTTP(ctx context.Context, conn net.Conn, h2 bool) {
 		BufferPool:     c.gateway.buffers,
 		ErrorLog:       silent,
 		ErrorHandler:   func(w http.ResponseWriter, r *http.Request, err error) { x.hangUp(w, r, err) },
+	}
+	if !h2 {
+		x.in = newFramed(conn, false)
+		conn = x.in
 	}
 	ended := make(chan struct{})
 	server := &http.Server{
@@ -125,7 +131,7 @@ func (x *exchange) watch(ended chan struct{}, h2 bool) func(net.Conn, http.ConnS
 			}
 			greeted = true
 		case http.StateClosed, http.StateHijacked:
-			if x.pending.Load() {
+			if x.pending.Load() || x.in.why() != "" {
 				x.malformed()
 			}
 			close(ended)
@@ -136,6 +142,9 @@ func (x *exchange) watch(ended chan struct{}, h2 bool) func(net.Conn, http.ConnS
 func (x *exchange) malformed() {
 	l := x.session.line
 	l.Verdict, l.Reason = egress.Refused, "not a whole HTTP request"
+	if why := x.in.why(); why != "" {
+		l.Reason = why
+	}
 	_ = x.session.book().line(l) // it was refused already
 }
 
@@ -148,6 +157,7 @@ type visit struct {
 	leave  func()    // gives back what admit took; not nil after it
 	sent   *counted
 	answer *answered
+	up     atomic.Pointer[framed] // the connection with the destination, of HTTP/1
 }
 
 // visitKey finds the visit in the context of its request.
@@ -265,11 +275,19 @@ func (x *exchange) forward(w http.ResponseWriter, r *http.Request, v *visit) {
 		v.sent.limit, v.answer.limit = v.narrow.Sent, v.narrow.Received
 	}
 	r.Body = v.sent
+	r = r.WithContext(httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
+		if f, ok := i.Conn.(*framed); ok {
+			f.bodily.Store(r.Method != http.MethodHead)
+			v.up.Store(f)
+		}
+	}}))
 	defer func() {
 		line := v.line
 		line.Verdict, line.Sent, line.Received = egress.Ended, v.sent.n.Load(), v.answer.n.Load()
 		line.Duration, line.Request.Status = time.Since(line.Time), v.answer.status
 		switch {
+		case v.up.Load().why() != "":
+			line.Reason = v.up.Load().why()
 		case v.answer.err != nil && r.Context().Err() == nil:
 			line.Reason = v.answer.err.Error()
 		case r.Context().Err() != nil:

@@ -58,40 +58,6 @@ func ok(conn net.Conn, _ *http.Request) {
 	_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 }
 
-// TestOneFraming: what could be read in two ways reaches the destination in one.
-func TestOneFraming(t *testing.T) {
-	t.Parallel()
-	for _, tt := range []struct {
-		name, sent string
-		requests   int
-		body       string
-	}{
-		{"length and chunks", "POST /a HTTP/1.1\r\nHost: web.example\r\nConnection: close\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", 1, "abc"},
-		{"chunks with extensions", "POST /a HTTP/1.1\r\nHost: web.example\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n0\r\n\r\n", 1, "abc"},
-		{"the same length twice", "POST /a HTTP/1.1\r\nHost: web.example\r\nConnection: close\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\nabc", 1, "abc"},
-		{"odd encoding", "POST /a HTTP/1.1\r\nHost: web.example\r\nTransfer-Encoding: xchunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", 0, ""},
-		{"encoding twice", "POST /a HTTP/1.1\r\nHost: web.example\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n", 0, ""},
-		{"space before the colon", "POST /a HTTP/1.1\r\nHost: web.example\r\nContent-Length : 3\r\n\r\nabc", 0, ""},
-		{"hidden request", "GET /a HTTP/1.1\r\nHost: web.example\r\nX: y\rGET /b HTTP/1.1\r\n\r\n", 0, ""},
-		{"pipelined for another host", "GET /a HTTP/1.1\r\nHost: web.example\r\n\r\nGET /b HTTP/1.1\r\nHost: evil.example\r\n\r\n", 1, ""},
-	} {
-		lines, requests, _ := exchange(t, tt.sent, ok)
-		if len(requests) != tt.requests {
-			t.Errorf("%s: the destination got %d requests, want %d", tt.name, len(requests), tt.requests)
-			continue
-		}
-		if refused := lines[len(lines)-1].Verdict == egress.Refused; refused != (tt.requests == 0 || strings.Contains(tt.sent, "evil")) {
-			t.Errorf("%s: got lines %+v", tt.name, lines)
-		}
-		for _, r := range requests {
-			body, _ := io.ReadAll(r.Body)
-			if string(body) != tt.body || r.Host != "web.example" || r.ContentLength > 0 && len(r.TransferEncoding) > 0 {
-				t.Errorf("%s: the destination got %+v with body %q, want body %q", tt.name, r, body, tt.body)
-			}
-		}
-	}
-}
-
 // TestBrokenAnswer: an answer that breaks off ends in a reset, so that it is not
 // taken for whole, and the ledger says so.
 func TestBrokenAnswer(t *testing.T) {

@@ -156,12 +156,11 @@ func TestTerminatedFraming(t *testing.T) {
 		}
 		conn.Close()
 	}
-	// Both readings of a length beside chunks end in one that is written anew.
 	conn, err := s.dial("http/1.1")
 	if err != nil {
 		t.Fatal(err)
 	}
-	fmt.Fprintf(conn, "POST /good HTTP/1.1\r\nHost: %s\r\nConnection: close\r\nContent-Length: 40\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\nGET /bad HTTP/1.1\r\nHost: %s\r\n\r\n", host, host)
+	fmt.Fprintf(conn, "POST /good HTTP/1.1\r\nHost: %s\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\nPOST /bad HTTP/1.1\r\nHost: %s\r\nContent-Length: 40\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", host, host)
 	_, _ = io.ReadAll(conn)
 	s.close()
 	mu.Lock()

@@ -67,7 +67,7 @@ func (r *replayed) Read(b []byte) (int, error) {
 // that it owns the name. It closes conn if that fails.
 func (c *session) secure(ctx context.Context, conn net.Conn, p *http.Protocols) (net.Conn, error) {
 	if c.line.Protocol != egress.HTTPS {
-		return conn, nil
+		return newFramed(conn, true), nil
 	}
 	config := &tls.Config{
 		MinVersion: tls.VersionTLS12,
@@ -99,6 +99,9 @@ func (c *session) secure(ctx context.Context, conn net.Conn, p *http.Protocols) 
 		}
 		return nil, fmt.Errorf("TLS with %s: %w", c.line.Name, err)
 	}
+	if t.ConnectionState().NegotiatedProtocol != "h2" {
+		return newFramed(t, true), nil
+	}
 	return t, nil
 }
 
@@ -122,10 +125,24 @@ func checkRequest(r *http.Request, to egress.Line) error {
 		return refused("the request is for port %s on a connection to port %d", printable(given), to.Port)
 	case len(r.Header["Host"]) > 0:
 		return refused("the request has a host field beside its authority")
+	case len(obscured(r)) > 0:
+		return refused("the request has the field %s, which some servers read as another", printable(obscured(r)))
 	case resolves(r):
 		return refused("names are resolved by the gateway alone: DNS over HTTPS is not carried")
 	}
 	return checkUpgrade(r)
+}
+
+// obscured is a field that frames the request for servers that take "_" for "-".
+func obscured(r *http.Request) string {
+	for name := range r.Header {
+		for _, other := range []string{"content-length", "transfer-encoding"} {
+			if strings.Contains(name, "_") && alike([]byte(name), other) {
+				return name
+			}
+		}
+	}
+	return ""
 }
 
 // checkUpgrade refuses what would leave HTTP in any way but one.
