@@ -358,3 +358,28 @@ func TestBadInjection(t *testing.T) {
 		}
 	}
 }
+
+// TestPlaceholderInBody: bodies are not searched, so what stands there leaves as
+// it is: a placeholder stays one, and beside it the credential is where the rule
+// says, and nowhere else.
+func TestPlaceholderInBody(t *testing.T) {
+	t.Parallel()
+	got := make(chan string, 2)
+	s := newSecured(t, true, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body) // what breaks off is not what was sent
+		got <- r.Header.Get("Authorization") + " " + string(body)
+	}))
+	s.give("lease", egress.Injection{As: egress.Bearer}, egress.Request{Methods: []string{"POST"}, Path: "/with"})
+	for path, want := range map[string]string{"/with": "Bearer " + realToken, "/without": ""} {
+		for _, h2 := range []bool{true, false} {
+			resp, err := s.client(h2).Post(s.url(path), "text/plain", strings.NewReader("token="+placeToken))
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp.Body.Close()
+			if text := <-got; text != want+" token="+placeToken {
+				t.Errorf("%s: arrived %q", path, text)
+			}
+		}
+	}
+}
