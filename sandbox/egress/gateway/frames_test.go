@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -53,7 +54,9 @@ type offence struct {
 	do   func(p *peer) error
 }
 
-func offences() []offence { return append(frameOffences(), requestOffences()...) }
+func offences() []offence {
+	return slices.Concat(frameOffences(), streamOffences(), boundOffences(), requestOffences())
+}
 
 // frameOffences are those of sections 3 to 6.
 func frameOffences() []offence {
@@ -112,6 +115,104 @@ func frameOffences() []offence {
 	}
 }
 
+// streamOffences are those of what is closed, or half of it, and of what came
+// before or around.
+func streamOffences() []offence {
+	return []offence{
+		{"5.1 DATA behind the end of a stream", func(p *peer) error {
+			return errors.Join(p.open(1, true, p.good("x", "y")), p.frame(http2.FrameData, 0, 1, 'x'))
+		}},
+		{"5.1 DATA on a stream that was reset", func(p *peer) error {
+			return errors.Join(p.open(1, false, p.good()), p.WriteRSTStream(1, http2.ErrCodeCancel), p.frame(http2.FrameData, http2.FlagDataEndStream, 1, 'x'))
+		}},
+		{"5.1 HEADERS on a stream that was reset", func(p *peer) error {
+			return errors.Join(p.open(1, false, p.good()), p.WriteRSTStream(1, http2.ErrCodeCancel), p.open(1, true, p.good()))
+		}},
+		{"5.1 DATA on a stream that was passed over", func(p *peer) error {
+			return errors.Join(p.open(3, true, p.good("x", "y")), p.frame(http2.FrameData, http2.FlagDataEndStream, 1, 'x'))
+		}},
+		{"5.1.1 HEADERS on stream 2^31-1, and one more", func(p *peer) error {
+			return errors.Join(p.open(1<<31-1, true, p.good("x", "y")), p.open(1<<31-1, true, p.good()))
+		}},
+		{"5.1.2 more streams than there may be", func(p *peer) error {
+			var errs []error
+			for i := range uint32(150) {
+				errs = append(errs, p.open(2*i+1, false, p.good()))
+			}
+			return errors.Join(errs...)
+		}},
+		{"6.1 DATA that should say how it is padded", func(p *peer) error {
+			return errors.Join(p.open(1, false, p.good()), p.frame(http2.FrameData, http2.FlagDataPadded, 1))
+		}},
+		{"6.2 HEADERS with more padding than frame", func(p *peer) error {
+			return p.frame(http2.FrameHeaders, http2.FlagHeadersPadded|http2.FlagHeadersEndHeaders|http2.FlagHeadersEndStream, 1, append([]byte{255}, p.good()...)...)
+		}},
+		{"6.2 HEADERS that should say how they are padded", func(p *peer) error {
+			return p.frame(http2.FrameHeaders, http2.FlagHeadersPadded|http2.FlagHeadersEndHeaders|http2.FlagHeadersEndStream, 1)
+		}},
+		{"6.2 HEADERS that should have a priority", func(p *peer) error {
+			return p.frame(http2.FrameHeaders, http2.FlagHeadersPriority|http2.FlagHeadersEndHeaders|http2.FlagHeadersEndStream, 1, 0, 0)
+		}},
+		{"6.6 PUSH_PROMISE on stream 0", func(p *peer) error {
+			return p.frame(http2.FramePushPromise, http2.FlagPushPromiseEndHeaders, 0, 0, 0, 0, 2)
+		}},
+		{"6.8 GOAWAY of another length", func(p *peer) error { return p.frame(http2.FrameGoAway, 0, 0, 1, 2, 3) }},
+		{"6.9 WINDOW_UPDATE of 0 on a stream", func(p *peer) error {
+			return errors.Join(p.open(1, false, p.good()), p.frame(http2.FrameWindowUpdate, 0, 1, 0, 0, 0, 0))
+		}},
+		{"6.9.2 a window that the settings make too large", func(p *peer) error {
+			return errors.Join(p.open(1, false, p.good()), p.WriteWindowUpdate(1, 1<<31-1-65535), p.frame(http2.FrameSettings, 0, 0, 0, 4, 0x7f, 0xff, 0xff, 0xff))
+		}},
+		{"6.10 CONTINUATION on stream 0", func(p *peer) error {
+			return errors.Join(p.frame(http2.FrameHeaders, 0, 1, p.good()...), p.frame(http2.FrameContinuation, http2.FlagContinuationEndHeaders, 0))
+		}},
+		{"6.10 CONTINUATION of another stream", func(p *peer) error {
+			return errors.Join(p.frame(http2.FrameHeaders, http2.FlagHeadersEndStream, 1, p.good()...), p.frame(http2.FrameContinuation, http2.FlagContinuationEndHeaders, 3))
+		}},
+		{"6.10 HEADERS inside a header block", func(p *peer) error {
+			return errors.Join(p.frame(http2.FrameHeaders, 0, 1, p.good()...), p.open(3, true, p.good()))
+		}},
+	}
+}
+
+// boundOffences are those that are too much (section 10.5).
+func boundOffences() []offence {
+	return []offence{
+		{"6.5.2 frames above 2^24-1", func(p *peer) error { return p.frame(http2.FrameSettings, 0, 0, 0, 5, 1, 0, 0, 0) }},
+		{"10.5.1 fields without end", func(p *peer) error {
+			if err := p.frame(http2.FrameHeaders, http2.FlagHeadersEndStream, 1, p.good()...); err != nil {
+				return err
+			}
+			for range 11 {
+				if err := p.frame(http2.FrameContinuation, 0, 1, block("x", strings.Repeat("\x7f", 15_000))...); err != nil {
+					return err
+				}
+			}
+			return p.frame(http2.FrameContinuation, http2.FlagContinuationEndHeaders, 1)
+		}},
+		{"10.5.1 CONTINUATION without end", func(p *peer) error {
+			if err := p.frame(http2.FrameHeaders, http2.FlagHeadersEndStream, 1, p.good()...); err != nil {
+				return err
+			}
+			more := block("x", strings.Repeat("y", 15_000))
+			for range 5000 { // 75 MB, if nobody minds
+				if err := p.frame(http2.FrameContinuation, 0, 1, more...); err != nil {
+					return err
+				}
+			}
+			return nil
+		}},
+		{"10.5.1 a field that is repeated by its number", func(p *peer) error {
+			var b bytes.Buffer
+			e := hpack.NewEncoder(&b)
+			_ = e.WriteField(hpack.HeaderField{Name: "x", Value: strings.Repeat("y", 3900)}) // into memory
+			return p.open(1, true, slices.Concat(p.good(), b.Bytes(), bytes.Repeat([]byte{0xbe}, 10_000)))
+		}},
+		{"7541 4.2 a table of fields that is too large", func(p *peer) error { return p.open(1, true, append([]byte{0x3f, 0xe1, 0xff, 0xff, 0x03}, p.good()...)) }},
+		{"7541 2.3.3 a field of a number that there is not", func(p *peer) error { return p.open(1, true, append([]byte{0xff, 0x7f}, p.good()...)) }},
+	}
+}
+
 // requestOffences are those of section 8.
 func requestOffences() []offence {
 	return []offence{
@@ -121,6 +222,15 @@ func requestOffences() []offence {
 		{"8.1.1 more body than its length", func(p *peer) error {
 			return errors.Join(p.open(1, false, p.good("content-length", "1")), p.WriteData(1, true, []byte("xyz")))
 		}},
+		{"8.1 a trailer that does not end", func(p *peer) error {
+			return errors.Join(p.open(1, false, p.good()), p.open(1, false, block("x", "y")))
+		}},
+		{"8.1 a trailer with a pseudo-field", func(p *peer) error {
+			return errors.Join(p.open(1, false, p.good()), p.open(1, true, block(":path", "/other")))
+		}},
+		{"8.2.1 a blank before a value", func(p *peer) error { return p.open(1, true, p.good("x", " y\r\nz: 1")) }},
+		{"8.2.1 an empty name", func(p *peer) error { return p.open(1, true, p.good("", "y")) }},
+		{"8.2.1 a colon in a name", func(p *peer) error { return p.open(1, true, p.good("x:y", "z")) }},
 		{"8.2.1 a capital in a name", func(p *peer) error { return p.open(1, true, p.good("Upper", "x")) }},
 		{"8.2.1 NUL in a value", func(p *peer) error { return p.open(1, true, p.good("x", "a\x00b")) }},
 		{"8.2.2 a field of the connection", func(p *peer) error { return p.open(1, true, p.good("connection", "close")) }},
@@ -131,6 +241,16 @@ func requestOffences() []offence {
 		}},
 		{"8.3 a pseudo-field behind a field", func(p *peer) error { return p.open(1, true, append(block("x", "y"), p.good()...)) }},
 		{"8.3 a pseudo-field twice", func(p *peer) error { return p.open(1, true, append(block(":path", "/other"), p.good()...)) }},
+		{"8.3.1 an empty path", func(p *peer) error {
+			return p.open(1, true, block(":method", "POST", ":scheme", "https", ":path", "", ":authority", p.host))
+		}},
+		{"8.3.1 no method", func(p *peer) error {
+			return p.open(1, true, block(":scheme", "https", ":path", "/bad", ":authority", p.host))
+		}},
+		{"8.3.1 no scheme", func(p *peer) error {
+			return p.open(1, true, block(":method", "POST", ":path", "/bad", ":authority", p.host))
+		}},
+		{"8.3 a pseudo-field of answers", func(p *peer) error { return p.open(1, true, append(block(":status", "200"), p.good()...)) }},
 		{"8.3.1 no path", func(p *peer) error {
 			return p.open(1, true, block(":method", "POST", ":scheme", "https", ":authority", p.host))
 		}},
@@ -223,7 +343,7 @@ func (s *secured) offend(do func(*peer) error) error {
 			}
 			if status := fields[0].Value; status == "200" && do != nil && f.StreamID == 1 {
 				continue // to the request before the offence
-			} else if status != "400" {
+			} else if status != "400" && status != "431" {
 				return fmt.Errorf("answered with %s", status)
 			}
 			return nil
