@@ -109,9 +109,9 @@ func TestRotateBeside(t *testing.T) {
 	}
 }
 
-// TestKeyOfTheServiceManager: it seals, and the file opens what it sealed before;
+// TestKeyOfSystemd: it seals, and the file opens what it sealed before;
 // with the credential alone no file is made, also not by who only looks.
-func TestKeyOfTheServiceManager(t *testing.T) {
+func TestKeyOfSystemd(t *testing.T) {
 	dir, given := t.TempDir(), t.TempDir()
 	s, text := keptState(t, dir)
 	if err := os.WriteFile(filepath.Join(given, seal.Credential), bytes.Repeat([]byte{7}, 32), 0o400); err != nil {
