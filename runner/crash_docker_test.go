@@ -5,6 +5,7 @@ package runner_test
 import (
 	"context"
 	"errors"
+	"hash/crc32"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -78,7 +79,9 @@ func (s *scene) dockerLeft() (left []string, err error) {
 // again says whether the agent that was killed at a point is killed a second
 // time at one of the recovery. In a world of real things one of the two is at a
 // thing of that world: what the journal and the report do between themselves is
-// killed twice at every point in the worlds of files, where it takes a minute.
+// killed twice at every point in the worlds of files, where it takes a minute. Over
+// the native box and PostgreSQL both are, or it is one of every four such pairs, the
+// same in each run: all of them take longer than everything else together.
 func (s *scene) again(first, second string) bool {
 	if s.Warm && s.Kind != "fake" {
 		return false
@@ -90,6 +93,9 @@ func (s *scene) again(first, second string) bool {
 	}[s.Kind]
 	of := func(point string) bool {
 		return slices.ContainsFunc(things, func(thing string) bool { return strings.HasPrefix(point, thing) })
+	}
+	if s.Kind == "real" && of(first) != of(second) {
+		return crc32.ChecksumIEEE([]byte(first+second))%4 == 0
 	}
 	return things == nil || of(first) || of(second)
 }
