@@ -54,18 +54,25 @@ func (r *Runtime) destroy(ctx context.Context, name string) error {
 	return r.state.Forget(ctx, name)
 }
 
-// exitPatience is how long the daemon may take to notice that process 1 of a
-// container has ended. It takes milliseconds, if it has not lost the news.
-const exitPatience = 10 * time.Second
+const (
+	// exitPatience is how long the daemon may take to notice that process 1 of a
+	// container has ended. It takes milliseconds, if it has not lost the news.
+	exitPatience = 10 * time.Second
 
-// remove removes the task, the container, the snapshot and the lease, and waits
-// until they are gone.
+	// shimPatience is how long a shim may take to end that the daemon has told to,
+	// which takes it milliseconds, too; and then until it has heeded SIGTERM.
+	shimPatience = 2 * time.Second
+)
+
+// remove removes the task, its shim, the container, the snapshot and the lease, and
+// waits until they are gone.
 func (r *Runtime) remove(ctx context.Context, name string) error {
 	_, err := os.Stat(r.state.Dir(name))
 	known := err == nil
 	var last error
 	settled := false
 	hurry := time.Now().Add(exitPatience)
+	var forgotten time.Time // when the daemon first knew no task
 	err = kernel.Poll(ctx, "remove the container", func() (bool, error) {
 		ok, busy := r.settled(name)
 		if busy {
@@ -82,6 +89,21 @@ func (r *Runtime) remove(ctx context.Context, name string) error {
 		}
 		if gone || last != nil && late {
 			gone, last = r.forgetTask(ctx, name)
+		}
+		if gone {
+			if forgotten.IsZero() {
+				forgotten = time.Now()
+			}
+			how := unix.Signal(0)
+			if since := time.Since(forgotten); since > 5*shimPatience {
+				how = unix.SIGKILL
+			} else if since > shimPatience {
+				how = unix.SIGTERM
+			}
+			gone, last = r.endShims(name, how)
+			if !gone && last == nil {
+				last = errors.New("a shim that the daemon has forgotten runs still")
+			}
 		}
 		if gone {
 			last = r.removeOnce(ctx, name)

@@ -30,7 +30,7 @@ func TestLife(t *testing.T) {
 			d := containerdtest.Start(t, v)
 			for name, test := range map[string]func(*testing.T, *containerdtest.Daemon){
 				"box": testBox, "images": testImages, "taken": testTaken, "killed agent": testKilledAgent,
-				"in flight": testInFlight, "half deleted": testHalfDeleted, "collected": testCollected, "check": testCheck, "odd names": testNames,
+				"in flight": testInFlight, "half deleted": testHalfDeleted, "forgotten shim": testForgottenShim, "collected": testCollected, "check": testCheck, "odd names": testNames,
 				"honest builds": testHonestBuilds, "list without state": testLostState, "limited ids": testNoIDs,
 			} {
 				t.Run(name, func(t *testing.T) { test(t, d) })
