@@ -27,6 +27,10 @@ ENGINE := busybox-static containerd debootstrap docker.io docker-registry etcd-s
 # test/servers. They are built once and kept outside of the tree.
 SERVERS := gitea containerd dockerd runsc openbao minio kubernetes oauth clients
 
+# The packages whose tests take longest begin first, so that the run does not end
+# with one of them alone.
+LONG := ./sandbox/containerd ./test/gitea ./sandbox/docker ./sandbox/sandboxtest ./cmd/mayfly ./test/chaos
+
 # Directories that hold crash tests.
 CRASH := $(addsuffix /...,$(wildcard ./test/crash ./runner))
 
@@ -48,7 +52,7 @@ demo: deps build ## a real job from claim to report, and what is left of it (not
 
 test: deps engine servers guest cross ## every test, with the race detector, as root
 	go vet ./...
-	go test -race -count=1 -timeout=$(TESTTIMEOUT) ./...
+	go test -race -count=1 -timeout=$(TESTTIMEOUT) $(LONG) ./...
 
 cross: # the other architecture compiles, tests included
 	GOARCH=arm64 $(BUILD) ./...
