@@ -65,6 +65,7 @@ func parts() []part {
 		{"memory", memory},
 		{"masking", masking},
 		{"gateway", throughGateway},
+		{"http", plain},
 		{"https", terminated},
 		{"fsyncs", fsyncs},
 		{"peers", peers},

@@ -64,15 +64,20 @@ func (s *server) close() error {
 	return err
 }
 
-// throughGateway runs the same client in a box and on the host, against the
-// same server, one after the other.
+// throughGateway runs the same client in a box, on the host through squid, and on
+// the host, against the same server, one after the other.
 func throughGateway(ctx context.Context, w *world, t *table) error {
 	a, err := w.start("net", capacity, w.path("tools"))
 	if err != nil {
 		return err
 	}
+	proxy, err := startSquid(ctx, w.path("squid"))
+	if err != nil {
+		return err
+	}
+	defer proxy.close()
 	client, address := w.path("tools/client"), net.JoinHostPort("127.0.0.1", strconv.Itoa(w.server.port))
-	var share, box, direct, boxConnect, directConnect []float64
+	var box, squids, direct []float64
 	for i := range streams + 1 {
 		inside, err := a.rate(ctx)
 		if err != nil {
@@ -82,15 +87,18 @@ func throughGateway(ctx context.Context, w *world, t *table) error {
 		if err != nil {
 			return err
 		}
-		outside, err := rate(text)
+		tunnelled, err := output(ctx, "env", "PROXY="+proxy.address, client, "stream", address)
 		if err != nil {
 			return err
 		}
-		if i == 0 {
-			continue
+		outside, oerr := rate(text)
+		through, terr := rate(tunnelled)
+		if err := errors.Join(oerr, terr); err != nil {
+			return err
 		}
-		box, direct = append(box, inside), append(direct, outside)
-		share = append(share, 100*inside/outside)
+		if i > 0 { // the first warms up
+			box, squids, direct = append(box, inside), append(squids, through), append(direct, outside)
+		}
 	}
 	r, err := a.run(ctx, "connect.yml")
 	if err != nil {
@@ -104,15 +112,23 @@ func throughGateway(ctx context.Context, w *world, t *table) error {
 	if err != nil {
 		return err
 	}
-	boxConnect, berr := millis(inside)
-	directConnect, derr := millis(outside)
-	if err := errors.Join(berr, derr); err != nil {
+	tunnelled, err := output(ctx, "env", "PROXY="+proxy.address, client, "connect", address, strconv.Itoa(connectsOfAJob))
+	if err != nil {
 		return err
 	}
-	t.least(60, "gateway, one stream passed through, of a direct one", "%", share...)
+	boxConnect, berr := millis(inside)
+	squidConnect, serr := millis(tunnelled)
+	directConnect, derr := millis(outside)
+	if err := errors.Join(berr, serr, derr); err != nil {
+		return err
+	}
+	t.least(60, "gateway, one stream passed through, of a direct one", "%", shares(box, direct)...)
+	t.info("squid, the same by CONNECT", "%", shares(squids, direct)...)
 	t.info("  through the gateway", "MB/s", box...)
+	t.info("  through squid", "MB/s", squids...)
 	t.info("  direct", "MB/s", direct...)
 	t.info("  connect and one byte there and back, through the gateway", "ms", boxConnect...)
+	t.info("  connect and one byte there and back, through squid", "ms", squidConnect...)
 	t.info("  connect and one byte there and back, direct", "ms", directConnect...)
 	return a.stop()
 }

@@ -44,6 +44,8 @@ func workflowFiles() map[string]string {
 		"sleep.yml":         job("exec sleep 1000"),
 		"stream.yml":        job("$CLIENT stream $SERVER"),
 		"connect.yml":       job("$CLIENT connect $SERVER " + strconv.Itoa(connectsOfAJob)),
+		"http-stream.yml":   job("$CLIENT download $PLAIN/stream"),
+		"http-connect.yml":  job("$CLIENT requests $PLAIN/ " + strconv.Itoa(connectsOfAJob)),
 		"https-stream.yml":  job("$CLIENT download $WEB/stream"),
 		"https-connect.yml": job("$CLIENT requests $WEB/ " + strconv.Itoa(connectsOfAJob)),
 	}
@@ -83,6 +85,7 @@ type world struct {
 	issuer   *postgres.Issuer // what the agents have, to be timed alone
 	server   *server
 	web      *web
+	plain    *web // without TLS
 	agents   []*agent
 }
 
@@ -121,6 +124,9 @@ func newWorld(ctx context.Context) (w *world, err error) {
 	if w.web, err = listenTLS(); err != nil {
 		return nil, err
 	}
+	if w.plain, err = listenPlain(); err != nil {
+		return nil, err
+	}
 	if err := w.files(ctx); err != nil {
 		return nil, err
 	}
@@ -137,11 +143,11 @@ func (w *world) path(name string) string { return filepath.Join(w.dir, name) }
 func (w *world) files(ctx context.Context) error {
 	repo := w.path("repo")
 	err := errors.Join(
-		os.WriteFile(w.path("policy.yaml"), fmt.Appendf(nil, policyText, w.server.port, w.web.rule()), 0o600),
+		os.WriteFile(w.path("policy.yaml"), fmt.Appendf(nil, policyText, w.server.port, w.web.rule()+w.plain.plainRule()), 0o600),
 		os.WriteFile(w.path("password"), []byte(w.postgres.Password()), 0o600),
 		os.Mkdir(repo, 0o755),
 	)
-	replace := strings.NewReplacer("$CLIENT", w.path("tools/client"), "$SERVER", fmt.Sprintf("server.bench:%d", w.server.port), "$WEB", w.web.url(""))
+	replace := strings.NewReplacer("$CLIENT", w.path("tools/client"), "$SERVER", fmt.Sprintf("server.bench:%d", w.server.port), "$WEB", w.web.url(""), "$PLAIN", fmt.Sprintf("http://plain.bench:%d", w.plain.port))
 	for name, text := range workflowFiles() {
 		err = errors.Join(err, os.WriteFile(filepath.Join(repo, name), []byte(replace.Replace(text)), 0o644))
 	}
@@ -172,8 +178,10 @@ func (w *world) close() error {
 	if w.server != nil {
 		errs = append(errs, w.server.close())
 	}
-	if w.web != nil {
-		errs = append(errs, w.web.close())
+	for _, web := range []*web{w.web, w.plain} {
+		if web != nil {
+			errs = append(errs, web.close())
+		}
 	}
 	if w.postgres != nil {
 		errs = append(errs, w.postgres.Close())

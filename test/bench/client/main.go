@@ -5,14 +5,19 @@
 //	client download URL       the same of an answer
 //	client requests URL N     nanoseconds of each of N requests, each with a connection of its own
 //	client connect ADDRESS N  nanoseconds of each of N connects with a byte there and back
+//
+// PROXY in the environment is the HOST:PORT of a forward proxy to go through.
 package main
 
 import (
+	"bufio"
+	"cmp"
 	"context"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	neturl "net/url"
 	"os"
 	"strconv"
 	"time"
@@ -111,6 +116,9 @@ func get(url string) (int64, error) {
 			return new(net.Dialer).DialContext(ctx, network, to)
 		}
 	}
+	if proxy := os.Getenv("PROXY"); proxy != "" {
+		t.Proxy = http.ProxyURL(&neturl.URL{Scheme: "http", Host: proxy})
+	}
 	resp, err := (&http.Client{Transport: t}).Get(url)
 	if err != nil {
 		return 0, err
@@ -143,12 +151,34 @@ func request(url string) error {
 
 // dial connects and says what is wanted.
 func dial(address, what string) (net.Conn, error) {
-	conn, err := net.Dial("tcp", address)
+	to := cmp.Or(os.Getenv("PROXY"), address)
+	conn, err := net.Dial("tcp", to)
 	if err != nil {
 		return nil, err
+	}
+	if to != address {
+		if err := tunnel(conn, address); err != nil {
+			return nil, err
+		}
 	}
 	if _, err := io.WriteString(conn, what); err != nil {
 		return nil, err
 	}
 	return conn, nil
+}
+
+// tunnel asks a proxy for a connection. The server speaks when it is asked to, so
+// that nothing of it comes with the answer.
+func tunnel(conn net.Conn, address string) error {
+	if _, err := fmt.Fprintf(conn, "CONNECT %[1]s HTTP/1.1\r\nHost: %[1]s\r\n\r\n", address); err != nil {
+		return err
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(conn), &http.Request{Method: http.MethodConnect})
+	if err != nil {
+		return err
+	}
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("proxy: %s", resp.Status)
+	}
+	return nil
 }
