@@ -42,6 +42,7 @@ type who struct {
 	mu   sync.Mutex
 	diag int // netlink socket in the network of the box; -1: none
 	last int // who it was the last time
+	at   int // and the number that the socket had there
 }
 
 // newWho makes one for the network of a box. The caller closes it.
@@ -130,12 +131,12 @@ func (w *who) of(protocol uint8, local, remote netip.AddrPort) egress.Process {
 	}
 	s := search{link: "socket:[" + strconv.FormatUint(uint64(inode), 10) + "]", left: looks}
 	pid := w.last
-	if pid == 0 || !s.holds(pid) {
+	if pid == 0 || !s.near(pid, w.at) && !s.holds(pid) {
 		pid = s.below(w.init)
 	}
 	switch {
 	case pid != 0:
-		w.last = pid
+		w.last, w.at = pid, s.at
 		return process(pid)
 	case s.left <= 0:
 		return egress.Process{Unknown: "the box has more processes and files open than are looked at"}
@@ -208,6 +209,7 @@ func inodeOf(b []byte) (uint32, error) {
 type search struct {
 	link string // what the descriptor is a link to
 	left int    // what may still be looked at
+	at   int    // the number that was found
 }
 
 // below is a process that has the socket, among one and what it started, 0 if
@@ -252,15 +254,36 @@ func (s *search) children(pid int) []int {
 	return all
 }
 
-// holds says whether the process has the socket.
+// near says whether the process has the socket where it had the last one, or
+// next to it. A client that connects again takes the number that it has closed or
+// the one after it, and this costs the same however many files it has open.
+func (s *search) near(pid, at int) bool {
+	dir := proc(pid, "fd")
+	return s.is(dir, at) || s.is(dir, at+1) || s.is(dir, at-1)
+}
+
+// holds says whether the process has the socket. The newest mostly has the highest
+// number.
 func (s *search) holds(pid int) bool {
 	dir := proc(pid, "fd")
-	for _, fd := range s.names(dir) {
-		if to, err := os.Readlink(filepath.Join(dir, fd)); err == nil && to == s.link {
+	names := s.names(dir)
+	slices.Reverse(names)
+	for _, name := range names {
+		if fd, err := strconv.Atoi(name); err == nil && s.is(dir, fd) {
 			return true
 		}
 	}
 	return false
+}
+
+// is looks at one descriptor.
+func (s *search) is(dir string, fd int) bool {
+	to, err := os.Readlink(dir + "/" + strconv.Itoa(fd))
+	if err != nil || to != s.link {
+		return false
+	}
+	s.at = fd
+	return true
 }
 
 // names are those in a directory, as many as may still be looked at.
