@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -118,7 +117,7 @@ func wildcard(name string) string {
 type box struct {
 	root      *scope
 	authority *authority // nil: no rule of the box needs one
-	sessions  tls.ClientSessionCache
+	trusts    trusts
 	limit     int           // names that it may have
 	held      chan struct{} // places of requests of which something is held in memory
 	mu        sync.Mutex
@@ -144,7 +143,7 @@ type attached struct {
 func newBox() *box {
 	return &box{
 		byName: make(map[string]*destination), byAddr: make(map[netip.Addr]*destination),
-		sessions: tls.NewLRUClientSessionCache(resumed), held: make(chan struct{}, heldBodies),
+		held: make(chan struct{}, heldBodies),
 	}
 }
 

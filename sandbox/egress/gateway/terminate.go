@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"fmt"
 	"mime"
 	"net"
@@ -17,7 +16,8 @@ import (
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
 )
 
-// resumed bounds the TLS sessions with destinations that a box may resume.
+// resumed bounds the TLS sessions with destinations, under one authority, that a
+// box may resume.
 const resumed = 64
 
 // terminate ends the job's TLS, as the owner of the name that the connection was
@@ -72,18 +72,13 @@ func (c *session) secure(ctx context.Context, conn net.Conn, p *http.Protocols) 
 	config := &tls.Config{
 		MinVersion: tls.VersionTLS12,
 		ServerName: c.line.Name,
-		RootCAs:    c.gateway.cfg.Roots,
 		NextProtos: []string{"http/1.1"},
 	}
 	if p.HTTP2() {
 		config.NextProtos = []string{"h2", "http/1.1"}
 	}
-	if ca := c.grant.CA; ca != "" {
-		config.RootCAs = x509.NewCertPool()
-		config.RootCAs.AppendCertsFromPEM([]byte(ca)) // Open has looked
-	} else {
-		config.ClientSessionCache = c.box.sessions // they were verified as this one is
-	}
+	trust := c.box.trusts.under(c.grant.CA, c.gateway.cfg.Roots)
+	config.RootCAs, config.ClientSessionCache = trust.roots, trust.sessions
 	if in := c.grant.inject; in != nil && in.cert != nil {
 		// The destination may ask for another authority's: let it say no to this one.
 		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return in.cert, nil }
