@@ -83,9 +83,12 @@ func newWorld(t testing.TB) *world {
 	w.do("POST", "database/config/app", `{"plugin_name": "postgresql-database-plugin", "allowed_roles": ["app", "stubborn"],
 		"connection_url": "postgresql://{{username}}:{{password}}@%s:%d/postgres?sslmode=disable", "username": "postgres", "password": %q}`,
 		w.db.Host(), w.db.Port(), w.db.Password())
-	const create = `"db_name": "app", "default_ttl": "1h", "creation_statements": ["CREATE ROLE \"{{name}}\" LOGIN PASSWORD '{{password}}' VALID UNTIL '{{expiration}}'; GRANT CREATE ON SCHEMA public TO \"{{name}}\""]`
-	w.do("POST", "database/roles/app", `{%s, "revocation_statements": ["SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{{name}}'; DROP OWNED BY \"{{name}}\" CASCADE; DROP ROLE IF EXISTS \"{{name}}\""]}`, create)
-	w.do("POST", "database/roles/stubborn", `{%s, "revocation_statements": ["REVOKE CREATE ON SCHEMA public FROM \"{{name}}\"; DROP ROLE IF EXISTS \"{{name}}\""]}`, create)
+	// Only one role is granted something: two that are at the same moment are an
+	// error of PostgreSQL ("tuple concurrently updated").
+	const roles = `{"db_name": "app", "default_ttl": "1h", "creation_statements": ["CREATE ROLE \"{{name}}\" LOGIN PASSWORD '{{password}}' VALID UNTIL '{{expiration}}'%s"],
+		"revocation_statements": ["%s; DROP ROLE IF EXISTS \"{{name}}\""]}`
+	w.do("POST", "database/roles/app", roles, "", `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{{name}}'; DROP OWNED BY \"{{name}}\" CASCADE`)
+	w.do("POST", "database/roles/stubborn", roles, `; GRANT CREATE ON SCHEMA public TO \"{{name}}\"`, `REVOKE CREATE ON SCHEMA public FROM \"{{name}}\"`)
 	w.issuer = w.newIssuer(w.config())
 	return w
 }

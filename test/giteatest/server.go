@@ -23,6 +23,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/mayfly-ci/mayfly/test/servertest"
 )
 
 // Bounds. A start takes 2 s and a stop 0.2 s; the rest is room for a machine
@@ -55,6 +57,7 @@ type Server struct {
 	programs string // gitea, gitea-runner, static
 	dir      string
 	port     int
+	held     servertest.Port
 	token    string
 
 	client *http.Client
@@ -63,52 +66,14 @@ type Server struct {
 	done chan struct{} // closed when it is gone
 }
 
-// envPrograms names the directory of the programs, for tests that run where the
-// repository is out of sight.
-const envPrograms = "MAYFLY_GITEA"
-
 // Prepare builds the programs if they are not there, which takes minutes, once,
 // and lets the tests that this process starts find them. It is for TestMain.
-func Prepare() error {
-	programs, err := Programs(context.Background())
-	if err != nil {
-		return err
-	}
-	return os.Setenv(envPrograms, programs)
-}
-
-// Programs is the directory of gitea and gitea-runner, which are built if they
-// are not there.
-func Programs(ctx context.Context) (string, error) {
-	if dir := os.Getenv(envPrograms); dir != "" {
-		return dir, nil
-	}
-	root, err := os.Getwd()
-	for err == nil {
-		if _, serr := os.Stat(filepath.Join(root, "test/scripts/server.sh")); serr == nil {
-			break
-		}
-		if root == filepath.Dir(root) {
-			err = errors.New("gitea: not inside of the repository")
-		}
-		root = filepath.Dir(root)
-	}
-	if err != nil {
-		return "", err
-	}
-	cmd := exec.CommandContext(ctx, filepath.Join(root, "test/scripts/server.sh"), "gitea")
-	var out, complaint bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &complaint
-	if err := cmd.Run(); err != nil {
-		return "", fmt.Errorf("gitea: %w: %s", err, tail(complaint.String()))
-	}
-	return strings.TrimSpace(out.String()), nil
-}
+func Prepare() error { return servertest.Prepare("gitea") }
 
 // New makes a server below dir, which it creates, and starts it. It ends with
 // Close, and by itself when the calling process dies.
 func New(ctx context.Context, dir string, c Config) (*Server, error) {
-	programs, err := Programs(ctx)
+	programs, err := servertest.Dir(ctx, "gitea")
 	if err != nil {
 		return nil, err
 	}
@@ -196,20 +161,12 @@ func (s *Server) prepare(c Config) error {
 	if err != nil {
 		return err
 	}
-	if s.port, err = freePort(); err != nil {
+	if s.held, err = servertest.Hold(); err != nil {
 		return err
 	}
+	s.port = s.held.Number()
 	err = errors.Join(os.MkdirAll(filepath.Dir(s.ini()), 0o755), os.MkdirAll(filepath.Join(s.dir, "home"), 0o755))
 	return errors.Join(err, os.WriteFile(s.ini(), fmt.Appendf(nil, appINI, me.Username, s.dir, s.port, Host, s.programs, c.Settings), 0o600))
-}
-
-// freePort is one that was free a moment ago.
-func freePort() (int, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, err
-	}
-	return l.Addr().(*net.TCPAddr).Port, l.Close()
 }
 
 func (s *Server) ini() string     { return filepath.Join(s.dir, "custom/conf/app.ini") }
@@ -350,6 +307,7 @@ func (s *Server) Close() error {
 	if err := s.Kill(); err != nil {
 		return err
 	}
+	s.held.Free()
 	return os.RemoveAll(s.dir)
 }
 

@@ -8,7 +8,6 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/rsa"
-	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
@@ -20,19 +19,16 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
-	"syscall"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/mayfly-ci/mayfly/test/servertest"
 )
 
-// Bounds. A start takes 7 s; the rest is room for a machine that does other things.
-const (
-	startTimeout = 3 * time.Minute
-	pollInterval = 50 * time.Millisecond
-)
+// startTimeout bounds a start, which takes 7 s; the rest is room for a machine that
+// does other things.
+const startTimeout = 3 * time.Minute
 
 // AdminToken may do everything.
 const AdminToken = "kubetest-admin"
@@ -43,7 +39,6 @@ type Server struct {
 	address      string // https://127.0.0.1:PORT
 	etcd, peer   string // http://127.0.0.1:PORT
 	client       *http.Client
-	ended        []<-chan struct{} // closed when a program is gone
 }
 
 // Start makes an empty cluster for a test. It ends with tb, and by itself when the
@@ -57,15 +52,14 @@ func Start(tb testing.TB) *Server {
 	s := &Server{program: filepath.Join(programs, "kube-apiserver"), dir: tb.TempDir()}
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
-	if err := errors.Join(s.ports(), s.keys()); err != nil {
+	if err := errors.Join(s.ports(tb), s.keys()); err != nil {
 		tb.Fatalf("kubetest: %v", err)
 	}
-	for _, c := range []*exec.Cmd{s.database(), s.server()} {
-		if err := s.run(tb, c); err != nil {
-			tb.Fatalf("kubetest: %v", err)
-		}
+	err = s.run(tb, s.database(), func() error { return answers(ctx, s.etcd+"/health") })
+	if err == nil {
+		err = s.run(tb, s.server(), func() error { return s.up(ctx) })
 	}
-	if err := s.ready(ctx); err != nil {
+	if err != nil {
 		tb.Fatalf("kubetest: %v\n%s\n%s", err, s.log("etcd"), s.log("kube-apiserver"))
 	}
 	return s
@@ -80,26 +74,19 @@ func (s *Server) CAFile() string { return filepath.Join(s.dir, "certs", "apiserv
 // Client is one that trusts the server and nobody else.
 func (s *Server) Client() *http.Client { return s.client }
 
-func (s *Server) log(program string) string {
-	b, err := os.ReadFile(filepath.Join(s.dir, program+".log"))
-	if err != nil {
-		return err.Error()
-	}
-	return string(b[max(0, len(b)-2000):])
-}
+func (s *Server) log(program string) string { return servertest.Tail(s.file(program + ".log")) }
 
-// ports chooses those that were free a moment ago, all at once, so that they differ.
-func (s *Server) ports() error {
-	var taken [3]string
-	for n := range taken {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+// ports are three that nobody else has.
+func (s *Server) ports(tb testing.TB) error {
+	for _, to := range []*string{&s.address, &s.etcd, &s.peer} {
+		port, err := servertest.Hold()
 		if err != nil {
 			return err
 		}
-		defer func() { _ = l.Close() }()
-		taken[n] = l.Addr().String()
+		tb.Cleanup(port.Free)
+		*to = "http://" + port.Address()
 	}
-	s.address, s.etcd, s.peer = "https://"+taken[0], "http://"+taken[1], "http://"+taken[2]
+	s.address = strings.Replace(s.address, "http:", "https:", 1)
 	return nil
 }
 
@@ -141,66 +128,38 @@ func (s *Server) server() *exec.Cmd {
 		"--token-auth-file="+s.file("tokens.csv"), "--service-cluster-ip-range=10.99.0.0/24", "--endpoint-reconciler-type=none")
 }
 
-// run starts a program that ends with the test.
-func (s *Server) run(tb testing.TB, cmd *exec.Cmd) error {
-	log, err := os.OpenFile(s.file(filepath.Base(cmd.Path)+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+// run starts a program that ends with the test, and waits until it is ready.
+func (s *Server) run(tb testing.TB, cmd *exec.Cmd, ready func() error) error {
+	cmd.Dir, cmd.Env = s.dir, []string{"HOME=" + s.dir, "PATH=/usr/bin:/bin", "GOMAXPROCS=2"}
+	var p servertest.Process
+	if err := p.Run(cmd, s.file(filepath.Base(cmd.Path)+".log")); err != nil {
+		return err
+	}
+	tb.Cleanup(func() { _ = p.Stop(context.Background()) })
+	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
+	defer cancel()
+	return p.Until(ctx, ready)
+}
+
+// answers says why a server does not.
+func answers(ctx context.Context, url string) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = log.Close() }()
-	cmd.Dir, cmd.Stdout, cmd.Stderr = s.dir, log, log
-	cmd.Env = []string{"HOME=" + s.dir, "PATH=/usr/bin:/bin", "GOMAXPROCS=2"}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	started, done := make(chan error, 1), make(chan struct{})
-	go func() { // the clean-up waits for it
-		// The death signal is bound to the thread that starts the child.
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		defer close(done)
-		err := cmd.Start()
-		started <- err
-		if err == nil {
-			_ = cmd.Wait() // how it ended is in its log
-		}
-	}()
-	if err := <-started; err != nil {
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
 		return err
 	}
-	s.ended = append(s.ended, done)
-	tb.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		<-done
-	})
-	return nil
-}
-
-// ready waits until the server is.
-func (s *Server) ready(ctx context.Context) error {
-	tick := time.NewTicker(pollInterval)
-	defer tick.Stop()
-	for {
-		err := s.trust()
-		if err == nil {
-			err = s.up(ctx)
-		}
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-s.ended[0]:
-			return errors.New("etcd ended while starting")
-		case <-s.ended[1]:
-			return errors.New("kube-apiserver ended while starting")
-		case <-ctx.Done():
-			return fmt.Errorf("not ready within %v: %w", startTimeout, errors.Join(err, context.Cause(ctx)))
-		case <-tick.C:
-		}
-	}
+	return res.Body.Close()
 }
 
 // up says why the server is not. The first namespace is made a moment after it
 // calls itself ready.
 func (s *Server) up(ctx context.Context) error {
+	if err := s.trust(); err != nil {
+		return err
+	}
 	if err := s.Do(ctx, http.MethodGet, "/readyz", nil, nil); err != nil {
 		return err
 	}
@@ -216,15 +175,8 @@ func (s *Server) trust() error {
 	if err != nil {
 		return err
 	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(cert) {
-		return errors.New("the certificate is half written")
-	}
-	s.client = &http.Client{
-		Timeout:   30 * time.Second,
-		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}},
-	}
-	return nil
+	s.client, err = servertest.Client(cert)
+	return err
 }
 
 // Do makes a request as the administrator. into gets the answer, unless it is nil.

@@ -11,25 +11,20 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/mayfly-ci/mayfly/test/servertest"
 )
 
-// Bounds. A start takes 0.1 s; the rest is room for a machine that does other
-// things.
-const (
-	startTimeout = time.Minute
-	pollInterval = 10 * time.Millisecond
-)
+// startTimeout bounds a start, which takes 0.1 s; the rest is room for a machine that
+// does other things.
+const startTimeout = time.Minute
 
 // A Server is one process. What it knows ends with it.
 type Server struct {
+	servertest.Process
 	url string
-	cmd *exec.Cmd
 }
 
 // Start makes a server for a test, which exchanges tokens that are signed with
@@ -52,61 +47,22 @@ func Start(tb testing.TB, keys string) *Server {
 		tb.Fatalf("oauthtest: %v", err)
 	}
 	_ = l.Close() // the file is another descriptor of it
-	logPath := filepath.Join(tb.TempDir(), "log")
-	log, err := os.Create(logPath)
-	if err != nil {
-		tb.Fatalf("oauthtest: %v", err)
-	}
 	cmd := exec.Command(filepath.Join(programs, "oauth"), address, keys)
-	cmd.ExtraFiles, cmd.Stdout, cmd.Stderr = []*os.File{f}, log, log
-	cmd.Env = []string{"GOMAXPROCS=2"}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	s := &Server{"http://" + address, cmd}
-	started, done := make(chan error, 1), make(chan struct{})
-	go func() { // the cleanup waits for it
-		runtime.LockOSThread() // the death signal is bound to the thread
-		defer runtime.UnlockOSThread()
-		defer close(done)
-		err := cmd.Start()
-		started <- err
-		if err == nil {
-			_ = cmd.Wait() // it is killed
-		}
-	}()
-	err = <-started
-	_, _ = f.Close(), log.Close()
+	cmd.ExtraFiles, cmd.Env = []*os.File{f}, []string{"GOMAXPROCS=2"}
+	log := filepath.Join(tb.TempDir(), "log")
+	s := &Server{url: "http://" + address}
+	err = s.Run(cmd, log)
+	_ = f.Close() // the process has it
 	if err != nil {
 		tb.Fatalf("oauthtest: %v", err)
 	}
-	tb.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		<-done
-	})
-	if err := s.ready(done); err != nil {
-		b, _ := os.ReadFile(logPath)
-		tb.Fatalf("oauthtest: %v\n%s", err, b)
+	tb.Cleanup(func() { _ = s.Stop(context.Background()) })
+	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
+	defer cancel()
+	if err := s.Until(ctx, func() error { return s.tell(ctx, "up") }); err != nil {
+		tb.Fatalf("oauthtest: %v\n%s", err, servertest.Tail(log))
 	}
 	return s
-}
-
-// ready waits until the server answers.
-func (s *Server) ready(done <-chan struct{}) error {
-	bound := time.After(startTimeout)
-	tick := time.NewTicker(pollInterval)
-	defer tick.Stop()
-	for {
-		err := s.tell(context.Background(), "up")
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-done:
-			return fmt.Errorf("ended while starting: %w", err)
-		case <-bound:
-			return fmt.Errorf("not ready within %v: %w", startTimeout, err)
-		case <-tick.C:
-		}
-	}
 }
 
 // URL is the issuer's.
@@ -137,10 +93,3 @@ func (s *Server) tell(ctx context.Context, what string) error {
 	}
 	return res.Body.Close()
 }
-
-// Pause freezes the server: the kernel still accepts connections, nobody
-// answers. Resume undoes it.
-func (s *Server) Pause() error { return s.cmd.Process.Signal(syscall.SIGSTOP) }
-
-// Resume lets a paused server go on.
-func (s *Server) Resume() error { return s.cmd.Process.Signal(syscall.SIGCONT) }

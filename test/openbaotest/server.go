@@ -6,48 +6,34 @@ package openbaotest
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
-	"syscall"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/mayfly-ci/mayfly/test/servertest"
 )
 
-// Bounds. A start takes 0.3 s; the rest is room for a machine that does other
-// things.
-const (
-	startTimeout = 60 * time.Second
-	pollInterval = 20 * time.Millisecond
-)
+// startTimeout bounds a start, which takes 0.3 s; the rest is room for a machine that
+// does other things.
+const startTimeout = 60 * time.Second
 
 // A Server is one OpenBao. Its methods may not be called at the same time,
 // except Do and what clients like.
 type Server struct {
+	servertest.Process
 	program, dir string
 	address      string
 	client       *http.Client
 	root, unseal string
-
-	cmd  *exec.Cmd
-	done chan struct{} // closed when the process is gone
 }
 
 // Start makes a server for a test, with nothing in it but the defaults. It ends
@@ -59,11 +45,22 @@ func Start(tb testing.TB) *Server {
 	if err != nil {
 		tb.Fatalf("openbaotest: %v", err)
 	}
-	s := &Server{program: filepath.Join(programs, "openbao"), dir: dir}
+	port, err := servertest.Hold()
+	if err != nil {
+		tb.Fatalf("openbaotest: %v", err)
+	}
+	tb.Cleanup(port.Free)
+	s := &Server{program: filepath.Join(programs, "openbao"), dir: dir, address: "https://" + port.Address()}
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
 	tb.Cleanup(func() { _ = s.Stop(context.Background()) })
-	if err := errors.Join(s.prepare(), s.start(ctx), s.initialise(ctx)); err != nil {
+	if err = s.prepare(); err == nil {
+		err = s.start(ctx)
+	}
+	if err == nil {
+		err = s.initialise(ctx)
+	}
+	if err != nil {
 		tb.Fatalf("openbaotest: %v\n%s", err, s.Log())
 	}
 	return s
@@ -75,19 +72,8 @@ func At(address, caFile, token string) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{address: address, root: token}
-	s.trust(pem)
-	return s, nil
-}
-
-// trust makes the client of a server with that certificate.
-func (s *Server) trust(cert []byte) {
-	pool := x509.NewCertPool()
-	pool.AppendCertsFromPEM(cert)
-	s.client = &http.Client{
-		Timeout:   30 * time.Second,
-		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}},
-	}
+	client, err := servertest.Client(pem)
+	return &Server{address: address, root: token, client: client}, err
 }
 
 // Address is the URL of the server.
@@ -103,23 +89,16 @@ func (s *Server) Client() *http.Client { return s.client }
 func (s *Server) RootToken() string { return s.root }
 
 // Log is the end of what the server has written so far.
-func (s *Server) Log() string {
-	b, err := os.ReadFile(filepath.Join(s.dir, "log"))
-	if err != nil {
-		return err.Error()
-	}
-	return string(b[max(0, len(b)-2000):])
-}
+func (s *Server) Log() string { return servertest.Tail(filepath.Join(s.dir, "log")) }
 
-// prepare writes the files of a server on a port that was free a moment ago.
+// prepare writes the files of a server.
 func (s *Server) prepare() error {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return err
+	cert, key, err := servertest.Certificate("openbaotest")
+	if err == nil {
+		s.client, err = servertest.Client(cert)
 	}
-	listen := l.Addr().String()
-	s.address = "https://" + listen
-	if err := errors.Join(l.Close(), s.certificate()); err != nil {
+	err = errors.Join(err, os.WriteFile(s.CAFile(), cert, 0o600), os.WriteFile(filepath.Join(s.dir, "key.pem"), key, 0o600))
+	if err != nil {
 		return err
 	}
 	return os.WriteFile(filepath.Join(s.dir, "config.hcl"), fmt.Appendf(nil, `
@@ -130,96 +109,41 @@ listener "tcp" {
   tls_key_file  = "%[1]s/key.pem"
 }
 api_addr = "https://%[2]s"
-`, s.dir, listen), 0o600)
-}
-
-func (s *Server) certificate() error {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return err
-	}
-	c := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "openbaotest"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
-		IsCA: true, BasicConstraintsValid: true, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-	}
-	der, err := x509.CreateCertificate(rand.Reader, c, c, key.Public(), key)
-	if err != nil {
-		return err
-	}
-	private, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return err
-	}
-	cert := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-	s.trust(cert)
-	return errors.Join(
-		os.WriteFile(s.CAFile(), cert, 0o600),
-		os.WriteFile(filepath.Join(s.dir, "key.pem"), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private}), 0o600))
+`, s.dir, strings.TrimPrefix(s.address, "https://")), 0o600)
 }
 
 // start runs the process and waits until it answers at all.
 func (s *Server) start(ctx context.Context) error {
-	log, err := os.OpenFile(filepath.Join(s.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = log.Close() }()
 	cmd := exec.Command(s.program, "server", "-config="+filepath.Join(s.dir, "config.hcl"))
-	cmd.Dir, cmd.Stdout, cmd.Stderr = s.dir, log, log
+	cmd.Dir = s.dir
 	cmd.Env = []string{"HOME=" + s.dir, "PATH=/usr/bin:/bin", "GOMAXPROCS=2"}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	started, done := make(chan error, 1), make(chan struct{})
-	go func() { // Stop waits for it
-		// The death signal is bound to the thread that starts the child.
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		defer close(done)
-		err := cmd.Start()
-		started <- err
-		if err == nil {
-			_ = cmd.Wait() // how it ended is in its log
-		}
-	}()
-	if err := <-started; err != nil {
+	if err := s.Run(cmd, filepath.Join(s.dir, "log")); err != nil {
 		return err
 	}
-	s.cmd, s.done = cmd, done
-	return s.until(ctx, "answers", http.StatusOK, http.StatusTooManyRequests, http.StatusNotImplemented, http.StatusServiceUnavailable)
+	return s.until(ctx, http.StatusOK, http.StatusTooManyRequests, http.StatusNotImplemented, http.StatusServiceUnavailable)
 }
 
 // until waits for a state of health.
-func (s *Server) until(ctx context.Context, what string, states ...int) error {
-	tick := time.NewTicker(pollInterval)
-	defer tick.Stop()
-	for {
+func (s *Server) until(ctx context.Context, states ...int) error {
+	return s.Until(ctx, func() error {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.address+"/v1/sys/health", nil)
 		if err != nil {
 			return err
 		}
-		if res, err := s.client.Do(req); err == nil {
-			_, _ = io.Copy(io.Discard, res.Body)
-			_ = res.Body.Close()
-			for _, state := range states {
-				if res.StatusCode == state {
-					return nil
-				}
-			}
+		res, err := s.client.Do(req)
+		if err != nil {
+			return err
 		}
-		select {
-		case <-s.done:
-			return errors.New("server ended while starting")
-		case <-ctx.Done():
-			return fmt.Errorf("not within %v: server %s: %w", startTimeout, what, context.Cause(ctx))
-		case <-tick.C:
+		_, _ = io.Copy(io.Discard, res.Body)
+		_ = res.Body.Close()
+		if !slices.Contains(states, res.StatusCode) {
+			return fmt.Errorf("it answers %s", res.Status)
 		}
-	}
+		return nil
+	})
 }
 
 func (s *Server) initialise(ctx context.Context) error {
-	if s.done == nil {
-		return nil // start has said why
-	}
 	var made struct {
 		Keys []string `json:"keys_base64"`
 		Root string   `json:"root_token"`
@@ -236,7 +160,7 @@ func (s *Server) open(ctx context.Context) error {
 	if err := s.do(ctx, http.MethodPut, "sys/unseal", map[string]string{"key": s.unseal}, nil); err != nil {
 		return err
 	}
-	return s.until(ctx, "is open", http.StatusOK)
+	return s.until(ctx, http.StatusOK)
 }
 
 // Do makes a request as root. into gets the answer, unless it is nil.
@@ -272,36 +196,11 @@ func (s *Server) do(ctx context.Context, method, path string, body, into any) er
 	return json.Unmarshal(b, into)
 }
 
-// Stop kills the server: nothing listens on the port afterwards. Stopping twice
-// is no error.
-func (s *Server) Stop(ctx context.Context) error {
-	if s.cmd == nil {
-		return nil
-	}
-	if err := s.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
-		return err
-	}
-	select {
-	case <-s.done:
-		s.cmd = nil
-		s.client.CloseIdleConnections()
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("openbao still running: %w", context.Cause(ctx))
-	}
-}
-
 // Restart starts it again on the same port, with all that it knew.
 func (s *Server) Restart(ctx context.Context) error {
+	s.client.CloseIdleConnections()
 	if err := errors.Join(s.Stop(ctx), s.start(ctx)); err != nil {
 		return err
 	}
 	return s.open(ctx)
 }
-
-// Pause freezes the server: the kernel still accepts connections, nobody
-// answers. Resume and Stop undo it.
-func (s *Server) Pause() error { return s.cmd.Process.Signal(syscall.SIGSTOP) }
-
-// Resume lets a paused server go on.
-func (s *Server) Resume() error { return s.cmd.Process.Signal(syscall.SIGCONT) }

@@ -1,5 +1,5 @@
-// Package servertest finds the real programs that tests run against: those that
-// test/scripts/server.sh builds once and keeps outside of the tree.
+// Package servertest finds and runs the real programs that tests run against: those
+// that test/scripts/server.sh builds once and keeps outside of the tree.
 package servertest
 
 import (
