@@ -41,6 +41,16 @@ rules:
 	if agenttest.Within(2*time.Second, func() bool { _, err := local.ReadResult(w.Spool, id); return err == nil }) {
 		t.Errorf("the job was reported while its role may live")
 	}
+	// Whoever looks sees what is stuck, and why.
+	if out, code := w.Run(t, "jobs"); code != 0 || !strings.Contains(out, "by db  stuck since ") {
+		t.Errorf("mayfly jobs: status %d: %s", code, out)
+	}
+	if out, code := w.Run(t, "doctor"); code != 1 || !strings.Contains(out, "missing  leases: stuck  (mf-") {
+		t.Errorf("mayfly doctor: status %d: %s", code, out)
+	}
+	if !strings.Contains(a.Log(), `"issuer":"db"`) || !strings.Contains(a.Log(), "lease is stuck") {
+		t.Errorf("the agent raised no alarm: %s", a.Log())
+	}
 	agenttest.Must(t, db.Restart(t.Context()))
 	back := time.Now()
 	ends(t, w, id, providers.Cancelled, "")
