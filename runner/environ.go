@@ -114,6 +114,11 @@ func (s *steps) field(l policy.Lease, name string) string {
 // issue acquires the leases that the plan grants to a scope, and puts those
 // that are files into the box.
 func (s *steps) issue(ctx context.Context, step string) error {
+	if step == "" { // those of a step were asked before anything of it was opened
+		if why, err := s.require(ctx, step); why != nil || err != nil {
+			return errors.Join(why, err)
+		}
+	}
 	files := map[string]string{}
 	for _, l := range s.plan.Leases {
 		if l.Step != step {

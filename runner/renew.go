@@ -122,7 +122,8 @@ type retired struct {
 func (s *steps) keepAlive(ctx context.Context, l policy.Lease, lease creds.Lease, asked time.Time) {
 	job := s.log.Job
 	r := &renewal{steps: s, Lease: l, now: lease, wait: retryFirst, name: leaseName(job, l, 0), rule: brokerName(job, l, 0)}
-	if len(l.Broker) == 0 || s.handedOut(l, lease) {
+	// Uses are counted by the rules of a lease: another one would have as many again.
+	if len(l.Broker) == 0 || l.Uses > 0 || s.handedOut(l, lease) {
 		return
 	}
 	if r.plan(asked); !r.due.IsZero() {

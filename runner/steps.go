@@ -183,6 +183,10 @@ func variables(env providers.Env, scope workflow.Scope) (map[string]string, erro
 // inScope holds what is bound to the step while it runs, and releases it before
 // the next one starts.
 func (s *steps) inScope(ctx, alive context.Context, step *current) (ending, error) {
+	// What is refused here is not there yet: the step fails, and others may run.
+	if why, err := s.require(ctx, step.ID); why != nil || err != nil {
+		return failed(errors.Join(why, err)), err
+	}
 	rules := stepRules(s.plan, step.ID)
 	if len(rules) > 0 {
 		_, err := hold(ctx, s.life, rulesName(s.log.Job, step.index), func(ctx context.Context) (none, grip, error) {

@@ -312,6 +312,9 @@ func explain(e policy.Explanation) string {
 	}
 	for _, l := range p.Leases {
 		fmt.Fprintf(&b, "  lease   %s from %s for at most %v%s\n", l.Name, l.Issuer, l.TTL, onlyIn(l.Step))
+		if l.Requires != nil {
+			fmt.Fprintf(&b, "          requires %s\n", l.Requires)
+		}
 		if l.Uses > 0 {
 			fmt.Fprintf(&b, "          at most %d requests or logins have it, counted at the gateway\n", l.Uses)
 		}

@@ -50,6 +50,9 @@ type wantLease struct {
 	Self strict.Node `yaml:",self"`
 	Name leaseName   `yaml:"name,required"`
 	Step stepID      `yaml:"step"`
+	// Of these only what is said is compared.
+	Uses     requestNumber      `yaml:"uses"`
+	Requires *[]requirementKind `yaml:"requires"`
 }
 
 type wantWay struct {

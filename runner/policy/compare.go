@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/mayfly-ci/mayfly/providers"
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
 )
 
@@ -83,9 +84,27 @@ func (n caseNode) wantLease(v *Verdict, w wantLease, all []Lease, ok map[int]boo
 		v.differ("+ %s", leaseText(all[i]))
 	case n.lacks(w.Step):
 		v.differ("- %s: the job has no such step, so that nobody gets it", want)
+	default:
+		w.compare(v, want, all[i], n.Job.job())
 	}
 	if i >= 0 {
 		ok[i] = true
+	}
+}
+
+// compare holds what the case says of a lease beyond its step. What the service does
+// not release is not had, whatever is granted.
+func (w wantLease) compare(v *Verdict, want string, l Lease, j providers.Job) {
+	if err := l.Requires.Released(j); err != nil {
+		v.differ("- %s: %v", want, err)
+	}
+	if w.Uses > 0 && int(w.Uses) != l.Uses {
+		v.differ("- %s for %d uses", want, w.Uses)
+		v.differ("+ %s for %d uses (0 is any number)", want, l.Uses)
+	}
+	if kinds := l.Requires.Kinds(); w.Requires != nil && !slices.Equal(slices.Sorted(slices.Values(texts(*w.Requires))), slices.Sorted(slices.Values(kinds))) {
+		v.differ("- %s, which requires %q", want, texts(*w.Requires))
+		v.differ("+ %s, which requires %q", want, kinds)
 	}
 }
 

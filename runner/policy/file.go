@@ -93,6 +93,8 @@ type leaseNode struct {
 	Clear  []field            `yaml:"clear"`
 	When   when               `yaml:"when"`
 	Uses   requestNumber      `yaml:"uses"`
+
+	Requires requiresNode `yaml:"requires"`
 }
 
 // decode reads the file and reports everything that is wrong with it.
@@ -185,6 +187,8 @@ func (n ruleNode) checkPull() error {
 	for _, l := range n.Leases {
 		switch {
 		case l.Name != n.Pull:
+		case !l.Requires.Self.IsZero():
+			return l.Self.At("requires").Errorf("lease %s is what the image is pulled with, before anything could be so: remove requires", l.Name)
 		case l.When != "":
 			return l.Self.At("when").Errorf("the image could not be pulled without lease %s: write the condition into the rule", l.Name)
 		case len(l.Env) > 0 || len(l.Files) > 0 || len(l.Broker)+len(l.Login) > 0 || l.Step != "":
@@ -240,11 +244,12 @@ func (l leaseNode) lease() (Lease, error) {
 		err = l.Scope.Errorf("want a mapping: the scope that issuer %s understands", l.Issuer)
 	}
 	brokers, _, berr := l.brokers()
+	requires, rerr := l.requires()
 	return Lease{
 		Name: string(l.Name), Issuer: string(l.Issuer), Step: string(l.Step),
 		TTL: time.Duration(l.TTL), Scope: scope,
-		Env: stringMap(l.Env), Files: stringMap(l.Files), Broker: brokers, Clear: texts(l.Clear), Uses: int(l.Uses),
-	}, strict.Join(err, berr)
+		Env: stringMap(l.Env), Files: stringMap(l.Files), Broker: brokers, Clear: texts(l.Clear), Uses: int(l.Uses), Requires: requires,
+	}, strict.Join(err, berr, rerr)
 }
 
 // egress is the rule of the gateway, which copies its ID to every line that

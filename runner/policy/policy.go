@@ -111,6 +111,8 @@ type Lease struct {
 	// Uses is how many requests or logins may have a brokered value, counted over
 	// all of Broker; 0 is any number.
 	Uses int `json:"uses,omitempty"`
+	// Requires is what must be so before it is asked for; nil is nothing.
+	Requires *Requires `json:"requires,omitempty"`
 
 	when *condition
 }
@@ -232,8 +234,10 @@ func (r rule) grant(j providers.Job) (Plan, error) {
 	}
 	for i, l := range plan.Leases {
 		filled, err := fillBrokers(l, j)
+		requires, rerr := l.Requires.fill(j)
+		filled.Requires = requires
 		plan.Leases[i] = filled
-		errs = append(errs, err)
+		errs = append(errs, err, rerr)
 	}
 	if err := errors.Join(errs...); err != nil {
 		return Plan{}, err
