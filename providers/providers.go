@@ -43,6 +43,7 @@ type Trust string
 const (
 	TrustFork        Trust = "fork"        // code of somebody who cannot push here
 	TrustBranch      Trust = "branch"      // an unprotected branch
+	TrustTag         Trust = "tag"         // an unprotected tag: whoever can push can make one, or move it
 	TrustProtected   Trust = "protected"   // a protected branch or tag
 	TrustEnvironment Trust = "environment" // released by a protected environment
 	TrustLocal       Trust = "local"       // started by whoever runs the agent

@@ -87,8 +87,10 @@ func sound(s string) bool {
 
 // trust judges by where the code comes from. What a pull request from another
 // repository starts is a fork's, pull_request_target too, whose workflow is the
-// base's but which may check out the head. Gitea 1.27 says of no ref that it is
-// protected (services/actions/context.go).
+// base's but which may check out the head; and so is a run that began because
+// another run of such a request ended, which may take what that one left. Gitea
+// 1.27 says of no ref that it is protected (services/actions/context.go). What is
+// neither a branch nor a tag is not known, and so the least.
 func trust(context map[string]any, s creds.Subject) providers.Trust {
 	event, _ := context["event"].(map[string]any)
 	pull, isPull := event["pull_request"].(map[string]any)
@@ -100,10 +102,30 @@ func trust(context map[string]any, s creds.Subject) providers.Trust {
 		}
 		return providers.TrustBranch
 	}
-	if protected, _ := context["ref_protected"].(bool); protected {
-		return providers.TrustProtected
+	if s.Event == "workflow_run" && !ownRun(event, s) {
+		return providers.TrustFork
 	}
-	return providers.TrustBranch
+	branch, tag := strings.HasPrefix(s.Ref, "refs/heads/"), strings.HasPrefix(s.Ref, "refs/tags/")
+	switch protected, _ := context["ref_protected"].(bool); {
+	case protected && (branch || tag):
+		return providers.TrustProtected
+	case tag:
+		return providers.TrustTag
+	case branch:
+		return providers.TrustBranch
+	}
+	return providers.TrustFork
+}
+
+// ownRun says whether the run that a job follows was of the repository's own code:
+// by its repository, which Gitea 1.27 does not say, or by an event of which only
+// people who can push are the cause.
+func ownRun(event map[string]any, s creds.Subject) bool {
+	if head := child(event, "workflow_run", "head_repository", "full_name"); head != nil {
+		return head == s.Repository
+	}
+	began, _ := child(event, "workflow_run", "event").(string)
+	return slices.Contains([]string{"push", "schedule", "workflow_dispatch"}, began)
 }
 
 // origin is what Gitea 1.27 says of a run beside its commit. Ids are in the event,

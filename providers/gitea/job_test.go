@@ -100,6 +100,12 @@ func TestTrust(t *testing.T) {
 	pull := func(repo any) map[string]any {
 		return map[string]any{"event": map[string]any{"pull_request": map[string]any{"head": map[string]any{"repo": repo}}}}
 	}
+	ran := func(name string) map[string]any {
+		return map[string]any{"event": map[string]any{"workflow_run": map[string]any{"head_repository": map[string]any{"full_name": name}}}}
+	}
+	after := func(event string) map[string]any {
+		return map[string]any{"event": map[string]any{"workflow_run": map[string]any{"event": event}}}
+	}
 	from := func(name string) any { return map[string]any{"full_name": name} }
 	for _, c := range []struct {
 		event, ref string
@@ -118,6 +124,17 @@ func TestTrust(t *testing.T) {
 		{"push", "refs/pull/1/head", map[string]any{"ref_protected": true}, providers.TrustFork},
 		{"issue_comment", "refs/heads/main", pull(from("evil/app")), providers.TrustFork},
 		{"schedule", "refs/heads/main", map[string]any{"event": nil}, providers.TrustBranch},
+		{"push", "refs/tags/v1", nil, providers.TrustTag},
+		{"push", "refs/tags/v1", map[string]any{"ref_protected": true}, providers.TrustProtected},
+		{"push", "", nil, providers.TrustFork},
+		{"push", "main", nil, providers.TrustFork},
+		{"push", "refs/for/main", map[string]any{"ref_protected": true}, providers.TrustFork},
+		{"workflow_run", "refs/heads/main", ran("acme/app"), providers.TrustBranch},
+		{"workflow_run", "refs/heads/main", ran("evil/app"), providers.TrustFork},
+		{"workflow_run", "refs/heads/main", nil, providers.TrustFork},
+		{"workflow_run", "refs/heads/main", after("push"), providers.TrustBranch},
+		{"workflow_run", "refs/heads/main", after("pull_request"), providers.TrustFork},
+		{"workflow_run", "refs/heads/main", after("workflow_run"), providers.TrustFork},
 	} {
 		got := trust(c.context, creds.Subject{Repository: "acme/app", Event: c.event, Ref: c.ref})
 		if got != c.want {

@@ -171,11 +171,11 @@ type tier providers.Trust
 
 func (t *tier) UnmarshalText(b []byte) error {
 	known := []providers.Trust{
-		providers.TrustFork, providers.TrustBranch, providers.TrustProtected,
+		providers.TrustFork, providers.TrustBranch, providers.TrustTag, providers.TrustProtected,
 		providers.TrustEnvironment, providers.TrustLocal,
 	}
 	if !slices.Contains(known, providers.Trust(b)) {
-		return fmt.Errorf("unknown trust %q (known: fork, branch, protected, environment, local)", b)
+		return fmt.Errorf("unknown trust %q (known: fork, branch, tag, protected, environment, local)", b)
 	}
 	*t = tier(b)
 	return nil
