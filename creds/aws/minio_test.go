@@ -25,6 +25,7 @@ func TestMinIO(t *testing.T) {
 		run  func(*testing.T, *world)
 	}{
 		{"Narrowed", testNarrowed},
+		{"Sender", testSender},
 		{"WholeRole", testWholeRole},
 		{"GrantEnds", testGrantEnds},
 		{"Revoked", testRevoked},
@@ -88,6 +89,19 @@ func testNarrowed(t *testing.T, w *world) {
 		}
 	}
 	w.wantDead("narrow", l)
+}
+
+// testSender: a session that is for a network is of no use from another.
+func testSender(t *testing.T, w *world) {
+	for network, want := range map[string]int{"127.0.0.0/8": 200, "192.0.2.0/24": 403} {
+		name := "from-" + network[:3]
+		l := issue(t, w.issuer, name, `{"statements": [{"Effect": "Allow", "Action": "s3:GetObject", "Resource": "arn:aws:s3:::app/main/*",
+			"Condition": {"IpAddress": {"aws:SourceIp": "`+network+`"}}}]}`)
+		if got := w.status(l, http.MethodGet, "/app/main/a"); got != want {
+			t.Errorf("from 127.0.0.1, for %s: got %d, want %d", network, got, want)
+		}
+		w.wantDead(name, l)
+	}
 }
 
 func testWholeRole(t *testing.T, w *world) {
