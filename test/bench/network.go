@@ -122,6 +122,10 @@ func throughGateway(ctx context.Context, w *world, t *table) error {
 	if err := errors.Join(berr, serr, derr); err != nil {
 		return err
 	}
+	peak, err := field(fmt.Sprintf("/proc/%d/status", a.cmd.Process.Pid), "VmHWM:")
+	if err != nil {
+		return err
+	}
 	t.least(60, "gateway, one stream passed through, of a direct one", "%", shares(box, direct)...)
 	t.info("squid, the same by CONNECT", "%", shares(squids, direct)...)
 	t.info("  through the gateway", "MB/s", box...)
@@ -130,6 +134,7 @@ func throughGateway(ctx context.Context, w *world, t *table) error {
 	t.info("  connect and one byte there and back, through the gateway", "ms", boxConnect...)
 	t.info("  connect and one byte there and back, through squid", "ms", squidConnect...)
 	t.info("  connect and one byte there and back, direct", "ms", directConnect...)
+	t.info(fmt.Sprintf("  the agent's RSS at most, after %d GiB", (streams+1)*streamBytes>>30), "MiB", peak)
 	return a.stop()
 }
 
