@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"testing"
@@ -36,7 +37,8 @@ func TestMain(m *testing.M) {
 		return New(cfg)
 	})
 	runsc, err := servertest.Runsc(context.Background())
-	if err := errors.Join(err, os.Setenv(runscEnv, runsc)); err != nil {
+	// They wait for the daemon most of the time, and not for a processor.
+	if err := errors.Join(err, os.Setenv(runscEnv, runsc), flag.Set("test.parallel", "4")); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}

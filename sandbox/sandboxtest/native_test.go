@@ -217,7 +217,7 @@ func TestNativeOrdinaryUser(t *testing.T) {
 	if err = errors.Join(err, os.Chmod(dir, 0o755)); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), binary, "-test.run=^TestNative$", "-test.v", "-test.parallel=4", "-test.timeout=4m")
+	cmd := exec.CommandContext(t.Context(), binary, "-test.run=^TestNative$", "-test.v", "-test.parallel=4", "-test.timeout=10m")
 	cmd.Dir = dir
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	cmd.Env = []string{userEnv + "=" + state, probeEnv + "=" + probe, "PATH=/usr/bin:/bin", "HOME=/nonexistent"}
