@@ -17,7 +17,10 @@ GUEST := sandbox/guest/bin/mayfly-guest-$(GOARCH)
 
 # Debian packages that the tests, the demo and the benchmark use.
 DEBIAN := bsdutils ca-certificates ca-certificates-java curl debconf e2fsprogs gcc git iproute2 libc6-dev \
-	make nodejs openjdk-17-jdk-headless openssh-client openssh-server openssl passwd postgresql python3 runc squid strace systemd util-linux
+	make nodejs openjdk-17-jdk-headless openssh-client openssh-server openssl passwd postgresql python3 python3-pip runc squid strace systemd util-linux
+
+# npm comes with some packages of Node.js, which the one of that name is not for.
+DEBIAN += $(shell command -v npm >/dev/null || echo npm)
 
 # And those of the tests of the runtimes over engines, which start daemons of
 # their own.

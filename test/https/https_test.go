@@ -23,9 +23,16 @@ import (
 	"time"
 
 	"github.com/mayfly-ci/mayfly/test/agenttest"
+	"github.com/mayfly-ci/mayfly/test/servertest"
 )
 
-func TestMain(m *testing.M) { agenttest.Main(m) }
+func TestMain(m *testing.M) {
+	if err := servertest.Prepare("clients"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	agenttest.Main(m)
+}
 
 // bound is for anything that takes seconds on a quiet machine.
 const bound = 3 * time.Minute
@@ -36,6 +43,12 @@ func names() []string { return []string{"web.corp", "a.pages.corp", "other.corp"
 // serve starts the server and returns its port and its authority as PEM.
 func serve(t *testing.T) (port int, ca string) {
 	t.Helper()
+	return serveHandler(t, programs(t))
+}
+
+// serveHandler serves what the handler does.
+func serveHandler(t *testing.T, h http.Handler) (port int, ca string) {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	agenttest.Must(t, err)
 	c := &x509.Certificate{
@@ -44,6 +57,17 @@ func serve(t *testing.T) (port int, ca string) {
 	}
 	der, err := x509.CreateCertificate(rand.Reader, c, c, key.Public(), key)
 	agenttest.Must(t, err)
+	s := httptest.NewUnstartedServer(h)
+	s.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
+	s.EnableHTTP2 = true
+	s.StartTLS()
+	t.Cleanup(s.Close)
+	return s.Listener.Addr().(*net.TCPAddr).Port, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+}
+
+// programs is what the programs of TestPrograms ask.
+func programs(t *testing.T) http.Handler {
+	t.Helper()
 	mux := http.NewServeMux()
 	mux.HandleFunc("/hello", func(w http.ResponseWriter, r *http.Request) {
 		n, _ := io.Copy(io.Discard, r.Body) // a body that breaks off is not answered
@@ -56,12 +80,7 @@ func serve(t *testing.T) (port int, ca string) {
 		Path: filepath.Join(gitPrograms(t), "git-http-backend"), Root: "/git",
 		Env: []string{"GIT_PROJECT_ROOT=" + repositories(t), "GIT_HTTP_EXPORT_ALL=1", "REMOTE_USER=job"},
 	})
-	s := httptest.NewUnstartedServer(mux)
-	s.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
-	s.EnableHTTP2 = true
-	s.StartTLS()
-	t.Cleanup(s.Close)
-	return s.Listener.Addr().(*net.TCPAddr).Port, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+	return mux
 }
 
 func gitPrograms(t *testing.T) string {

@@ -18,8 +18,12 @@ func main() {
 		session(ctx, args[1], args[2])
 	case len(args) == 3 && args[0] == "image":
 		imageClient(ctx, args[1], args[2])
+	case len(args) == 4 && args[0] == "grpc":
+		finish(call(ctx, args[1], args[2], args[3]))
+	case len(args) == 3 && args[0] == "websocket":
+		finish(exchange(args[1], args[2]))
 	default:
-		fmt.Fprintln(os.Stderr, "usage: clients s3|s3-session URL BUCKET, or image REPOSITORY OTHER")
+		fmt.Fprintln(os.Stderr, "usage: clients s3|s3-session URL BUCKET, image REPOSITORY OTHER, grpc HOST METHOD TEXT, or websocket URL TEXT")
 		os.Exit(2)
 	}
 }
@@ -31,4 +35,12 @@ func tell(what string, err error) {
 		return
 	}
 	fmt.Printf("%s: ok\n", what)
+}
+
+// finish ends the program with what became of the one thing that it did.
+func finish(err error) {
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
 }
