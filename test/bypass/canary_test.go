@@ -172,7 +172,7 @@ func (b *buffered) Read(p []byte) (int, error) { return b.head.Read(p) }
 func (c *canary) addresses(name string) []netip.Addr {
 	name = strings.ToLower(strings.TrimSuffix(name, "."))
 	switch {
-	case name == "good.example", name == "shared.example", name == "repo.example":
+	case name == "good.example", name == "shared.example", name == "repo.example", name == "tenant.example":
 		return []netip.Addr{netip.MustParseAddr(goodAddress)}
 	case name == "evil.example", strings.HasSuffix(name, ".evil.example"), strings.HasPrefix(name, "xn--"):
 		return []netip.Addr{netip.MustParseAddr(evilAddress)}
@@ -243,7 +243,7 @@ func (c *canary) certificate(t *testing.T) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(t, err)
 	cert := &x509.Certificate{
-		DNSNames:  []string{"good.example", "repo.example", "evil.example", "shared.example"},
+		DNSNames:  []string{"good.example", "repo.example", "evil.example", "shared.example", "tenant.example"},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
 	}

@@ -92,6 +92,12 @@ func requestRows() map[string][]attack {
 			{what: "the same, by dots", script: curl + "--path-as-is https://repo.example/acme/app/../../evil/app/$1", line: path},
 			{what: "the same, by encoded dots", script: curl + "--path-as-is https://repo.example/acme/app/%2e%2e/%2e%2e/evil/$1", line: path},
 		},
+		"B21": {
+			{what: "a token of the attacker's", script: curl + "-H \"Authorization: Bearer $1\" https://tenant.example/", line: because("brings another"), honest: curl + "-H 'Authorization: Bearer " + placeholder + "' https://tenant.example/$1"},
+			{what: "a password of the attacker's", script: curl + "-u attacker:x -H \"Authorization: Basic $1\" https://tenant.example/", line: because("brings another")},
+			{what: "a token beside the placeholder", script: curl + "-H 'Authorization: Bearer " + placeholder + "' -H \"Authorization: Bearer $1\" https://tenant.example/", line: because("tripwire")},
+			{what: "a session of the attacker's", script: curl + "-b session=$1 https://tenant.example/"},
+		},
 		"B22": {
 			{what: "a write where reading is allowed", script: curl + "-H 'Expect:' -T /etc/hostname https://repo.example/acme/app/$1", line: path, honest: curl + "https://repo.example/acme/app/$1"},
 			{what: "a method of an override", script: curl + "-X DELETE https://repo.example/acme/app/$1", line: path},

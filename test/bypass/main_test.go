@@ -27,6 +27,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
 	"github.com/mayfly-ci/mayfly/sandbox/egress/gateway"
@@ -145,6 +146,9 @@ func newWorld(t *testing.T) *world {
 	return w
 }
 
+// placeholder is what the job has of the credential for tenant.example.
+const placeholder = "placeholder-0123456789abcdefghijkl"
+
 func rules(ca string) []egress.Rule {
 	all := []egress.Rule{
 		{Name: "good.example", Port: 80, Protocol: egress.HTTP},
@@ -154,12 +158,15 @@ func rules(ca string) []egress.Rule {
 			{Methods: []string{"GET"}, Path: "/acme/app/**"},
 			{Methods: []string{"POST"}, Path: "/acme/upload", Sent: 1024},
 		}},
+		{Name: "tenant.example", Port: 443, Protocol: egress.HTTPS, CA: ca, Inject: &egress.Injection{
+			Lease: "lease", As: egress.Bearer, Value: creds.NewSecret("the-tokens-of-the-lease-0123456789"), Placeholder: placeholder,
+		}},
 		{Name: "rebind.example", Port: 80, Protocol: egress.HTTP},
 		{Name: "meta.example", Port: 80, Protocol: egress.HTTP, Resolve: []netip.Prefix{netip.MustParsePrefix("169.254.0.0/16")}},
 	}
 	for i := range all {
 		all[i].ID = "policy:" + strconv.Itoa(i+1)
-		if name := all[i].Name; name == "good.example" || name == "repo.example" { // an address of this machine, here
+		if name := all[i].Name; name == "good.example" || name == "repo.example" || name == "tenant.example" { // an address of this machine, here
 			all[i].Resolve = []netip.Prefix{netip.MustParsePrefix(goodAddress + "/32")}
 		}
 	}
