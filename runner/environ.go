@@ -173,6 +173,8 @@ func (s *steps) mint(ctx context.Context, l policy.Lease, turn int, renews strin
 		lease, err := issuer.Issue(ctx, name, grant)
 		return lease, grip{lease.Handle, lease.ByName}, err
 	})
+	clear(lease.Handle) // the journal has it, sealed
+	lease.Handle = nil
 	if turn == 0 {
 		s.clock.mark(s.stage(name))
 	}

@@ -426,6 +426,9 @@ func (l *Log) apply(r record) {
 			}
 		}
 	case opRelease:
+		if d := l.find(r.Name); d != nil {
+			clear(d.Handle) // nobody needs it any more
+		}
 		l.debts = slices.DeleteFunc(l.debts, func(d Debt) bool { return d.Name == r.Name })
 	case opOutcome:
 		l.outcome = r.Outcome
