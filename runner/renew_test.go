@@ -284,6 +284,7 @@ func TestNotRenewed(t *testing.T) {
 		"in clear": func(s string) string {
 			return strings.Replace(s, "issuer: pg", "issuer: pg\n        clear: [token]", 1)
 		},
+		"counted":  func(s string) string { return strings.Replace(s, "issuer: pg", "issuer: pg\n        uses: 5", 1) },
 		"env":      func(s string) string { return s[:strings.Index(s, "        broker:")] },
 		"too late": func(s string) string { return strings.Replace(s, "ttl: 3m", "ttl: 10m", 1) },
 		"long":     func(s string) string { return strings.Replace(s, "ttl: 3m", "ttl: 20m", 1) },
