@@ -214,7 +214,8 @@ func (a *Agent) poll(ctx, kill context.Context, provider string, done func(), le
 		})
 		jobs.Go(func() {
 			defer part()
-			err := a.live(kill, turn, offer, sync.OnceFunc(func() { close(claimed) }), part)
+			var err error
+			erased(func() { err = a.live(kill, turn, offer, sync.OnceFunc(func() { close(claimed) }), part) })
 			if err != nil {
 				left.add(err)
 				a.cfg.Log.Error().Err(err).Str("provider", provider).Str("offer", offer.ID).Msg("job")
