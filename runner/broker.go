@@ -37,14 +37,30 @@ func brokered(plan policy.Plan, step string) []egress.Rule {
 type holding struct {
 	creds.Lease
 	stand map[string]string // by the name of the value
+	// What its programs look for: variables, files below secretsDir and git's settings.
+	env, files map[string]string
+	git        [][2]string
+}
+
+// field is a value or fact of the lease, or what stands in place of a value that is
+// brokered. This is where a secret leaves for its user.
+func (h holding) field(l policy.Lease, name string) string {
+	if stand, ok := h.stand[name]; ok && !slices.Contains(l.Clear, name) {
+		return stand
+	}
+	if v, ok := h.Values[name]; ok {
+		return v.Reveal()
+	}
+	return h.Facts[name]
 }
 
 // broker opens the rules of a lease that was just issued, which put it in the
-// place of the placeholders.
-func (s *steps) broker(ctx context.Context, l policy.Lease, lease creds.Lease, turn int, stand map[string]string) error {
-	if len(l.Broker) == 0 {
+// place of the placeholders, and the endpoints at which it is asked for.
+func (s *steps) broker(ctx context.Context, l policy.Lease, h *holding, turn int) error {
+	if len(l.Broker) == 0 && !l.Serves() {
 		return nil
 	}
+	lease, stand := h.Lease, h.stand
 	var rules []egress.Rule
 	for _, b := range l.Broker {
 		in := *b.Rule.Inject
@@ -69,7 +85,7 @@ func (s *steps) broker(ctx context.Context, l policy.Lease, lease creds.Lease, t
 	name := brokerName(s.log.Job, l, turn)
 	_, err := acquired(ctx, s.life, name, func(ctx context.Context) (none, grip, error) {
 		o := egress.Opening{Rules: egress.Rules{Allow: rules}, Ledger: s.ledger, Parent: gatewayName(s.log.Job)}
-		return none{}, grip{}, s.cfg.Gateway.Open(ctx, name, o)
+		return none{}, grip{}, s.openFor(ctx, name, o, l, h)
 	})
 	if turn == 0 {
 		s.clock.mark(s.stage(name))

@@ -65,9 +65,11 @@ func (s *steps) environment(step *current) []string {
 		env[variable] = sandbox.Run + "/" + file
 	}
 	for _, l := range s.granted(step.outermost().ID) {
+		held, _ := s.leases.get(l.Name)
 		for variable, field := range l.Env {
-			env[variable] = s.field(l, field)
+			env[variable] = held.field(l, field)
 		}
+		held.equip(env)
 	}
 	list := make([]string, 0, len(env))
 	for _, k := range slices.Sorted(maps.Keys(env)) {
@@ -98,19 +100,6 @@ func (s *steps) granted(step string) []policy.Lease {
 	return ls
 }
 
-// field is a value or fact of a held lease, or what stands in place of a value
-// that is brokered. This is where a secret leaves for its user.
-func (s *steps) field(l policy.Lease, name string) string {
-	lease, _ := s.leases.get(l.Name)
-	if stand, ok := lease.stand[name]; ok && !slices.Contains(l.Clear, name) {
-		return stand
-	}
-	if v, ok := lease.Values[name]; ok {
-		return v.Reveal()
-	}
-	return lease.Facts[name]
-}
-
 // issue acquires the leases that the plan grants to a scope, and puts those
 // that are files into the box.
 func (s *steps) issue(ctx context.Context, step string) error {
@@ -127,8 +116,12 @@ func (s *steps) issue(ctx context.Context, step string) error {
 		if err := s.issueOne(ctx, l); err != nil {
 			return err
 		}
+		held, _ := s.leases.get(l.Name)
 		for file, field := range l.Files {
-			files["secrets/"+file] = s.field(l, field)
+			files["secrets/"+file] = held.field(l, field)
+		}
+		for file, text := range held.files {
+			files["secrets/"+file] = text
 		}
 	}
 	if len(files) == 0 {
@@ -143,14 +136,18 @@ func (s *steps) issueOne(ctx context.Context, l policy.Lease) error {
 	if err != nil {
 		return err
 	}
-	stand, err := placeholders(l, lease)
+	held := holding{Lease: lease, env: map[string]string{}}
+	held.stand, err = placeholders(l, lease)
 	if err == nil {
-		err = s.broker(ctx, l, lease, 0, stand)
+		err = s.broker(ctx, l, &held, 0)
+	}
+	if err == nil {
+		err = held.configure(l)
 	}
 	if err != nil {
 		return err
 	}
-	s.leases.set(l.Name, holding{lease, stand})
+	s.leases.set(l.Name, held)
 	s.keepAlive(ctx, l, lease, asked)
 	return nil
 }
@@ -230,7 +227,7 @@ func (s *steps) dropSecrets(ctx context.Context, step string) error {
 			continue
 		}
 		s.leases.drop(l.Name)
-		for file := range l.Files {
+		for _, file := range append(slices.Collect(maps.Keys(l.Files)), toolFiles(l)...) {
 			files["secrets/"+file] = ""
 		}
 	}

@@ -20,7 +20,7 @@ import (
 // how often it was renewed.
 func leaseDebts(job string, l policy.Lease, turn int, deadline time.Time) []journal.Debt {
 	ds := []journal.Debt{{Kind: kindLease, Name: leaseName(job, l, turn), By: l.Issuer, Scope: l.Step, Expires: deadline.UTC()}}
-	if len(l.Broker) > 0 {
+	if len(l.Broker) > 0 || l.Serves() {
 		ds = append(ds, journal.Debt{Kind: kindRules, Name: brokerName(job, l, turn), Scope: l.Step})
 	}
 	return ds

@@ -82,7 +82,7 @@ func (l *life) credentials(ctx context.Context, plan policy.Plan, deadline time.
 		if !ok {
 			return request, fmt.Errorf("lease %s: issuer %s gives no password, which a registry wants", lease.Name, lease.Issuer)
 		}
-		request.User, request.Password = s.field(lease, "username"), password
+		request.User, request.Password = held.field(lease, "username"), password
 	}
 	return request, nil
 }

@@ -123,7 +123,8 @@ func (s *steps) keepAlive(ctx context.Context, l policy.Lease, lease creds.Lease
 	job := s.log.Job
 	r := &renewal{steps: s, Lease: l, now: lease, wait: retryFirst, name: leaseName(job, l, 0), rule: brokerName(job, l, 0)}
 	// Uses are counted by the rules of a lease: another one would have as many again.
-	if len(l.Broker) == 0 || l.Uses > 0 || s.handedOut(l, lease) {
+	// A tool was told when its key ends.
+	if len(l.Broker) == 0 || l.Uses > 0 || l.Serves() || s.handedOut(l, lease) {
 		return
 	}
 	if r.plan(asked); !r.due.IsZero() {
@@ -195,7 +196,8 @@ func (r *renewal) renew(ctx context.Context) {
 	gone := asked.Add(r.now.ExpiresAt.Sub(asked) / 2)
 	r.old = append(r.old, retired{[]string{r.rule, r.name}, gone, retryFirst})
 	r.now, r.name, r.rule, r.wait = lease, name, rule, retryFirst
-	r.leases.set(r.Lease.Name, holding{lease, held.stand})
+	held.Lease = lease
+	r.leases.set(r.Lease.Name, held)
 	r.plan(asked)
 }
 
@@ -209,7 +211,7 @@ func (r *renewal) again(ctx context.Context, name string, stand map[string]strin
 		err = r.releaseThose(ctx, r.log, []string{r.rule}) // whole connections have a certificate: one at a time
 	}
 	if err == nil {
-		err = r.broker(ctx, r.Lease, lease, r.turn, stand)
+		err = r.broker(ctx, r.Lease, &holding{Lease: lease, stand: stand}, r.turn)
 	}
 	if err == nil {
 		err = r.log.Turn(r.name, journal.Renewed, time.Time{}, "")

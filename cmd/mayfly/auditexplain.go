@@ -17,6 +17,7 @@ type explained struct {
 	Facts   map[string]string `json:"facts"`   // of job.admit: whose job, rule, policy
 	Request audit.Event       `json:"request"` // issuer, step, scope, delivery
 	Issued  *audit.Event      `json:"issued,omitempty"`
+	Asked   []audit.Event     `json:"asked,omitempty"`   // what the job asked for under it
 	Uses    []audit.Event     `json:"uses,omitempty"`    // lines of the ledger with it
 	Refused []audit.Event     `json:"refused,omitempty"` // its placeholder, where it is not for
 	Ends    []audit.Event     `json:"ends,omitempty"`    // renewal, attempts to revoke, and receipts
@@ -72,6 +73,8 @@ func (c *call) explainAudit(o *options, dir, expect, name string) error {
 			all = append(all, &explained{Lease: e.Object, Job: job, Facts: facts, Request: e})
 		case e.Action == "lease.issue":
 			x.Issued = &e
+		case e.Action == "lease.ask":
+			x.Asked = append(x.Asked, e)
 		case strings.HasPrefix(e.Action, "lease."):
 			x.Ends = append(x.Ends, e)
 		case e.Action == "release.stuck": // of the job: whatever was not seen dead until then
@@ -125,6 +128,15 @@ func (x *explained) text() string {
 	} else {
 		line("issued", at(*x.Issued)+" "+x.Issued.Result)
 		line("expires", x.Issued.Detail["expires"])
+	}
+	for _, e := range x.Asked {
+		text := at(e) + " " + e.Detail["tool"]
+		for _, key := range []string{"audience", "jti", "expires"} {
+			if v := e.Detail[key]; v != "" {
+				text += "  " + key + " " + v
+			}
+		}
+		line("asked for", text+"  "+e.Result)
 	}
 	for _, e := range x.Uses {
 		u := e.Detail

@@ -111,7 +111,7 @@ func (w *wiring) checkRules(rules *policy.Policy) error {
 			errs = append(errs, fmt.Errorf("%s: lease %s: issuer %q is not in the configuration", g.Rule, g.Lease, g.Issuer))
 			continue
 		}
-		errs = append(errs, checkWithheld(issuer, g), checkLife(issuer, g))
+		errs = append(errs, checkWithheld(issuer, g), checkLife(issuer, g), checkAsks(issuer, g))
 		if checker, ok := issuer.(creds.ScopeChecker); ok {
 			if err := checker.CheckScope(g.Scope); err != nil {
 				errs = append(errs, fmt.Errorf("%s: lease %s: %w", g.Rule, g.Lease, err))
@@ -119,6 +119,19 @@ func (w *wiring) checkRules(rules *policy.Policy) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// checkAsks refuses tokens of an issuer that gives none, and leases that nobody can
+// use.
+func checkAsks(issuer creds.Issuer, g policy.Grant) error {
+	_, asked := issuer.(creds.Asker)
+	switch {
+	case g.Asks && !asked:
+		return fmt.Errorf("%s: lease %s: tool %s: issuer %q gives no identity tokens: name one of type oidc", g.Rule, g.Lease, policy.GitHubOIDC, g.Issuer)
+	case asked && !g.Asks:
+		return fmt.Errorf("%s: lease %s: what issuer %q gives is asked for: add tools: [%s]", g.Rule, g.Lease, g.Issuer, policy.GitHubOIDC)
+	}
+	return nil
 }
 
 // checkImage looks whether boxes of a native runtime may be made of an image.
@@ -318,6 +331,9 @@ func explain(e policy.Explanation) string {
 		if l.Uses > 0 {
 			fmt.Fprintf(&b, "          at most %d requests or logins have it, counted at the gateway\n", l.Uses)
 		}
+		for _, t := range l.Tools {
+			fmt.Fprintf(&b, "          %s\n", toolText(t, l))
+		}
 		for _, x := range l.Broker {
 			in := x.Rule.Inject
 			if s := x.Rule.Session; s != nil || x.Rule.Protocol == egress.Postgres {
@@ -341,6 +357,17 @@ func explain(e policy.Explanation) string {
 		fmt.Fprintf(&b, "  the job has no step %s: what is only for that is never given\n", step)
 	}
 	return b.String()
+}
+
+// toolText is what a program finds of a lease by itself.
+func toolText(t policy.Tool, l policy.Lease) string {
+	switch t {
+	case policy.GitHubOIDC:
+		return fmt.Sprintf("tokens of it are asked for as GitHub's are (%s), only for %s", t, l.Scope)
+	case policy.AWSContainer:
+		return "AWS's tools are given it where they ask in a container"
+	}
+	return fmt.Sprintf("%s finds it by itself", t)
 }
 
 // bounds is what else a request must be.

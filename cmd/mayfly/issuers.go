@@ -37,6 +37,9 @@ func (w *wiring) issuers() error {
 			return exitError{exitUsage, err}
 		}
 		w.identity = identity
+		leases := oidc.NewLeases(identity)
+		w.agent.Issuers[name] = leases
+		w.closers = append(w.closers, func() error { leases.Close(); return nil })
 	}
 	for name, section := range w.config.Issuers {
 		if section.Type == typeOIDC {

@@ -186,7 +186,7 @@ func (p *past) text() string {
 			b.WriteString("  " + e.Result)
 		}
 		b.WriteByte('\n')
-		for _, key := range []string{"issuer", "step", "expires", "probe", "refusal", "refused_at", "why", "until"} {
+		for _, key := range []string{"issuer", "step", "tool", "audience", "jti", "expires", "probe", "refusal", "refused_at", "why", "until"} {
 			if v := e.Detail[key]; v != "" && strings.HasPrefix(e.Action, "lease.") || v != "" && key == "until" {
 				fmt.Fprintf(&b, "      %-10s %s\n", key, v)
 			}

@@ -38,7 +38,7 @@ const (
 )
 
 // DefaultSubject is the "sub" of a job's token unless Config.Subject is set.
-const DefaultSubject = "repository:{repository}:ref:{ref}:job:{job_id}"
+const DefaultSubject = "repository:{repository}[:ref:{ref}]:job:{job_id}"
 
 // A Store keeps the keys between lives of the agent, sealed.
 type Store interface {
@@ -57,8 +57,9 @@ type Config struct {
 	// Rotate is how long a key signs; 0 is 60 days.
 	Rotate time.Duration
 	// Subject is the form of "sub", with names of claims in braces. It must
-	// have {job_id}, so that no two jobs are the same to a provider. A job that
-	// lacks one of the claims gets no token: "" must not match what begins as it.
+	// have {job_id}, so that no two jobs are the same to a provider. What stands in
+	// brackets is left out for a job that lacks one of the claims in it; else such a
+	// job gets no token: "" must not match what begins as it.
 	Subject string
 	// Owner is the installation's id.
 	Owner string
@@ -88,7 +89,8 @@ func (c Config) Validate() error {
 	wrong(c.Rotate != 0 && c.Rotate < overlap, "rotate %v: want %v at least", c.Rotate, overlap)
 	_, err = fill(c.subject(), map[string]any{}, true)
 	wrong(err != nil, "subject: %w", err)
-	wrong(!strings.Contains(c.subject(), "{job_id}"), "subject %q: want {job_id} in it; else all jobs of it are one to a provider", c.subject())
+	bare, _ := fill(c.subject(), map[string]any{"job_id": "ID"}, true)
+	wrong(err == nil && !strings.Contains(bare, "ID"), "subject %q: want {job_id} in it; else all jobs of it are one to a provider", c.subject())
 	wrong(c.Owner == "", "owner: missing; it is the installation's id")
 	return errors.Join(errs...)
 }
@@ -215,14 +217,46 @@ func reserved(name string) bool {
 	return false
 }
 
-// fill replaces {name} by the claim of that name. A colon inside of a value is
-// escaped: a branch must not be able to say more than its name.
+// fill makes a subject of its form. check looks at the form alone.
 func fill(form string, claims map[string]any, check bool) (string, error) {
+	var b strings.Builder
+	for rest := form; rest != ""; {
+		always, after, found := strings.Cut(rest, "[")
+		maybe, after, closed := strings.Cut(after, "]")
+		if found && !closed || strings.ContainsAny(always, "]") || strings.ContainsAny(maybe, "[") {
+			return "", fmt.Errorf("%q: brackets come in pairs, and not in one another", form)
+		}
+		text, missing, err := fillPart(always, claims, check)
+		if err != nil {
+			return "", err
+		}
+		if missing != "" && !check {
+			return "", fmt.Errorf("sub: the form of subjects names {%s}, which is not known of this job: put it in brackets with what belongs to it, or refuse such jobs", missing)
+		}
+		b.WriteString(text)
+		if text, missing, err = fillPart(maybe, claims, check); err != nil {
+			return "", err
+		}
+		if missing == "" {
+			b.WriteString(text)
+		}
+		rest = after
+	}
+	if strings.HasPrefix(b.String(), "installation:") {
+		return "", errors.New(`a job must not begin with "installation:", as the agent itself does`)
+	}
+	return b.String(), nil
+}
+
+// fillPart replaces {name} by the claim of that name, and says which is not known. A
+// colon inside of a value is escaped: a branch must not be able to say more than its
+// name.
+func fillPart(form string, claims map[string]any, check bool) (text, missing string, _ error) {
 	var b strings.Builder
 	for form != "" {
 		text, rest, found := strings.Cut(form, "{")
 		if strings.Contains(text, "}") {
-			return "", fmt.Errorf("%q: } without {", text)
+			return "", "", fmt.Errorf("%q: } without {", text)
 		}
 		b.WriteString(text)
 		if !found {
@@ -230,22 +264,19 @@ func fill(form string, claims map[string]any, check bool) (string, error) {
 		}
 		name, after, closed := strings.Cut(rest, "}")
 		if !closed || name == "" || strings.Trim(name, "abcdefghijklmnopqrstuvwxyz_") != "" {
-			return "", fmt.Errorf("%q: want the name of a claim in braces", "{"+rest)
+			return "", "", fmt.Errorf("%q: want the name of a claim in braces", "{"+rest)
+		}
+		if check && !slices.Contains(claimNames(), name) {
+			return "", "", fmt.Errorf("{%s}: no such claim (known: %s)", name, strings.Join(claimNames(), ", "))
 		}
 		value, _ := claims[name].(string)
-		switch {
-		case check && !slices.Contains(claimNames(), name):
-			return "", fmt.Errorf("{%s}: no such claim (known: %s)", name, strings.Join(claimNames(), ", "))
-		case !check && value == "":
-			return "", fmt.Errorf("sub: the form of subjects names {%s}, which is not known of this job", name)
+		if value == "" {
+			missing = name
 		}
 		b.WriteString(escape(value))
 		form = after
 	}
-	if strings.HasPrefix(b.String(), "installation:") {
-		return "", errors.New(`a job must not begin with "installation:", as the agent itself does`)
-	}
-	return b.String(), nil
+	return b.String(), missing, nil
 }
 
 // claimNames are the claims that a token has beside those of RFC 7519. What is

@@ -179,6 +179,20 @@ func TestSubject(t *testing.T) {
 	if token, err := env.Mint(subject(), "a", nil); err == nil || !strings.Contains(err.Error(), "{environment}") {
 		t.Errorf("a job of no environment: got %v, %v, want it refused", token, err)
 	}
+	maybe, _ := newIssuer(t, func(c *oidc.Config) { c.Subject = "r:{repository}[:env:{environment}:{actor}][:run:{run_id}]:{job_id}" })
+	if got := sub(maybe, subject()); got != "r:o/r:run:17:mf-1" {
+		t.Errorf("what is not known is left out: got %s", got)
+	}
+	released := subject()
+	released.Environment = "prod:run:1"
+	if got := sub(maybe, released); got != "r:o/r:env:prod%3Arun%3A1:mona:run:17:mf-1" {
+		t.Errorf("what is known is not: got %s", got)
+	}
+	lost := subject()
+	lost.Ref = ""
+	if got := sub(i, lost); got != "repository:o/r:job:mf-1" {
+		t.Errorf("a job of no ref: got %s", got)
+	}
 	for _, extra := range []string{"sub", "aud", "exp", "repository", "installation"} {
 		if _, err := i.Mint(subject(), "a", map[string]string{extra: "x"}); err == nil {
 			t.Errorf("extra claim %s replaced one", extra)
@@ -318,6 +332,9 @@ func TestValidate(t *testing.T) {
 		"in braces":           func(c *oidc.Config) { c.Subject = "{job_id}{ref" },
 		"installation's id":   func(c *oidc.Config) { c.Owner = "" },
 		"must not begin with": func(c *oidc.Config) { c.Subject = "installation:{job_id}" },
+		"come in pairs":       func(c *oidc.Config) { c.Subject = "{job_id}[:{ref}" },
+		"not in one another":  func(c *oidc.Config) { c.Subject = "{job_id}[:[{ref}]]" },
+		"want {job_id} in it": func(c *oidc.Config) { c.Subject = "{repository}[{job_id}:{ref}]" },
 		"} without {":         func(c *oidc.Config) { c.Subject = "{job_id}}" },
 	} {
 		c := oidc.Config{URL: issuer, Owner: "inst-1", Store: &store{}}
@@ -339,7 +356,7 @@ func FuzzSubject(f *testing.F) {
 		for _, s := range []creds.Subject{
 			{Repository: repo, Ref: ref, Job: "j", Origin: creds.Origin{JobID: job}}, {Repository: repo2, Ref: ref2, Job: "j", Origin: creds.Origin{JobID: job2}},
 		} {
-			if s.JobID == "" || s.Repository == "" || s.Ref == "" {
+			if s.JobID == "" || s.Repository == "" {
 				return
 			}
 			token, err := i.Mint(s, "a", nil)

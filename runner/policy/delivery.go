@@ -16,6 +16,9 @@ func (l Lease) Delivery() string {
 	for name := range l.Files {
 		all = append(all, "file "+name)
 	}
+	for _, t := range l.Tools {
+		all = append(all, "tool "+string(t))
+	}
 	slices.Sort(all)
 	for _, b := range l.Broker {
 		text := fmt.Sprintf("brokered %s:%d", b.Rule.Name, b.Rule.Port)

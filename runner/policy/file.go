@@ -93,6 +93,7 @@ type leaseNode struct {
 	Clear  []field            `yaml:"clear"`
 	When   when               `yaml:"when"`
 	Uses   requestNumber      `yaml:"uses"`
+	Tools  []Tool             `yaml:"tools"`
 
 	Requires requiresNode `yaml:"requires"`
 }
@@ -191,8 +192,8 @@ func (n ruleNode) checkPull() error {
 			return l.Self.At("requires").Errorf("lease %s is what the image is pulled with, before anything could be so: remove requires", l.Name)
 		case l.When != "":
 			return l.Self.At("when").Errorf("the image could not be pulled without lease %s: write the condition into the rule", l.Name)
-		case len(l.Env) > 0 || len(l.Files) > 0 || len(l.Broker)+len(l.Login) > 0 || l.Step != "":
-			return l.Self.Errorf("lease %s is what the image is pulled with, and no step may see it: remove step, env, files, broker and login", l.Name)
+		case len(l.Env) > 0 || len(l.Files) > 0 || len(l.Broker)+len(l.Login)+len(l.Tools) > 0 || l.Step != "":
+			return l.Self.Errorf("lease %s is what the image is pulled with, and no step may see it: remove step, env, files, broker, login and tools", l.Name)
 		default:
 			return nil
 		}
@@ -223,13 +224,13 @@ func (n ruleNode) checkTTL() error {
 }
 
 func (l leaseNode) check() error {
-	if len(l.Env) == 0 && len(l.Files) == 0 && len(l.Broker)+len(l.Login) == 0 {
-		return l.Self.Errorf("lease is delivered nowhere: add broker, login, env or files")
+	if len(l.Env) == 0 && len(l.Files) == 0 && len(l.Broker)+len(l.Login)+len(l.Tools) == 0 {
+		return l.Self.Errorf("lease is delivered nowhere: add broker, login, tools, env or files")
 	}
 	if l.Uses > 0 && (len(l.Broker)+len(l.Login) == 0 || len(l.Clear) > 0) {
 		return l.Self.At("uses").Errorf("uses are counted at the gateway, and lease %s is given to the job in clear: deliver it by broker or login, without clear", l.Name)
 	}
-	return nil
+	return l.checkTools()
 }
 
 func at(n strict.Node) string {
@@ -248,7 +249,7 @@ func (l leaseNode) lease() (Lease, error) {
 	return Lease{
 		Name: string(l.Name), Issuer: string(l.Issuer), Step: string(l.Step),
 		TTL: time.Duration(l.TTL), Scope: scope,
-		Env: stringMap(l.Env), Files: stringMap(l.Files), Broker: brokers, Clear: texts(l.Clear), Uses: int(l.Uses), Requires: requires,
+		Env: stringMap(l.Env), Files: stringMap(l.Files), Broker: brokers, Clear: texts(l.Clear), Uses: int(l.Uses), Requires: requires, Tools: l.Tools,
 	}, strict.Join(err, berr, rerr)
 }
 
@@ -307,6 +308,11 @@ func leaseKeys(l leaseNode) []claim {
 	}
 	for k, v := range l.Self.Get("files").Pairs() {
 		cs = append(cs, claim{"file " + k.Text(), l.Step, v})
+	}
+	for _, t := range l.Tools {
+		for _, name := range t.variables() {
+			cs = append(cs, claim{"environment variable " + name, l.Step, l.Self.At("tools")})
+		}
 	}
 	return cs
 }

@@ -14,6 +14,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -113,6 +114,8 @@ type Lease struct {
 	Uses int `json:"uses,omitempty"`
 	// Requires is what must be so before it is asked for; nil is nothing.
 	Requires *Requires `json:"requires,omitempty"`
+	// Tools are programs that find what the lease gives by asking as they always do.
+	Tools []Tool `json:"tools,omitempty"`
 
 	when *condition
 }
@@ -121,12 +124,10 @@ type Lease struct {
 // the gateway adds for it.
 func (l Lease) InClear() []string {
 	var open []string
-	for _, wants := range []map[string]string{l.Env, l.Files} {
-		for _, field := range wants {
-			brokered := slices.ContainsFunc(l.Broker, func(b Broker) bool { return slices.Contains(b.Fields(), field) })
-			if !brokered || slices.Contains(l.Clear, field) {
-				open = append(open, field)
-			}
+	for _, field := range slices.Concat(slices.Collect(maps.Values(l.Env)), slices.Collect(maps.Values(l.Files)), l.toolFields()) {
+		brokered := slices.ContainsFunc(l.Broker, func(b Broker) bool { return slices.Contains(b.Fields(), field) })
+		if !brokered || slices.Contains(l.Clear, field) {
+			open = append(open, field)
 		}
 	}
 	slices.Sort(open)
@@ -269,6 +270,7 @@ type Grant struct {
 	Scope  json.RawMessage
 	Clear  []string      // Lease.InClear
 	Lasts  time.Duration // at most, for a job that asks for no less time
+	Asks   bool          // the issuer must be one that is asked (creds.Asker)
 }
 
 // Grants returns every lease of every rule, in the order of the file.
@@ -276,7 +278,7 @@ func (p *Policy) Grants() []Grant {
 	var gs []Grant
 	for _, r := range p.rules {
 		for _, l := range r.offer(providers.Job{}).Leases {
-			gs = append(gs, Grant{r.plan.Rule, l.Name, l.Issuer, l.Scope, l.InClear(), l.TTL})
+			gs = append(gs, Grant{r.plan.Rule, l.Name, l.Issuer, l.Scope, l.InClear(), l.TTL, l.Has(GitHubOIDC)})
 		}
 	}
 	return gs
