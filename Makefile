@@ -28,7 +28,7 @@ ENGINE := busybox-static containerd debootstrap docker.io docker-registry etcd-s
 
 # Real servers that the tests and the benchmark run against, each a directory of
 # test/servers. They are built once and kept outside of the tree.
-SERVERS := gitea containerd dockerd runsc openbao minio kubernetes oauth clients
+SERVERS := gitea containerd dockerd runsc openbao minio kubernetes oauth clients actions
 
 # The packages whose tests take longest begin first, so that the run does not end
 # with one of them alone.

@@ -47,7 +47,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	if err := errors.Join(giteatest.Prepare(), servertest.Prepare("minio", "clients")); err != nil {
+	if err := errors.Join(giteatest.Prepare(), servertest.Prepare("minio", "clients", "actions")); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}

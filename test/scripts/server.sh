@@ -8,7 +8,7 @@ shopt -s nullglob # most are built of nothing but modules
 cd "$(dirname "$0")/../servers/${1:?the name of a directory in test/servers}"
 unset GOARCH GOOS # the server runs here, whatever is being compiled for
 
-key=$({ go env GOVERSION GOARCH && cat go.mod go.sum build.sh *.go; } | sha256sum | cut -c 1-16)
+key=$({ go env GOVERSION GOARCH && cat *.mod *.sum build.sh *.go *.json; } | sha256sum | cut -c 1-16)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/mayfly
 dir=$cache/$1-$key
 if [[ ! -e $dir ]]; then
