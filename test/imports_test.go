@@ -99,7 +99,7 @@ func confinements() []confinement {
 		{"github.com/opencontainers/runtime-spec", "sandbox/containerd", "sandbox/containerd", "what an OCI runtime is told"},
 		{"github.com/google/go-containerregistry", "sandbox/image test/imagetest", "sandbox/... test/...", "one package reads images; tests make them, and a registry"},
 		{"github.com/klauspost/compress", "sandbox/image", "sandbox/image", "layers may be packed with zstd"},
-		{"github.com/go-jose/go-jose/v4", "", "creds/oidc", "verifies our tokens as a provider does"},
+		{"github.com/go-jose/go-jose/v4", "", "creds/oidc test/broker", "verifies our tokens as a provider does"},
 		{"github.com/jackc/pgx/v5", "creds/postgres test/... sandbox/egress/gateway sandbox/egress/egresstest", "creds/postgres runner cmd/mayfly", "one issuer speaks PostgreSQL"},
 		{"golang.org/x/crypto", "creds/ssh sandbox/egress/gateway sandbox/egress/egresstest test/...", "creds/ssh", "one issuer signs SSH certificates"},
 		{"golang.org/x/oauth2", "creds/oauth2", "", "one issuer speaks OAuth 2.0"},

@@ -160,4 +160,3 @@ func (a *agent) asked(ctx context.Context, t *testing.T, ids map[string]bool) {
 		t.Errorf("the record has %d tokens and %d refusals, and lacks %d", given, refused, len(ids))
 	}
 }
-

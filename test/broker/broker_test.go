@@ -115,7 +115,28 @@ func front(t *testing.T, server *giteatest.Server) (port int, ca string) {
 		w.Header().Set("X-Echo", r.Header.Get("Authorization"))
 		fmt.Fprintf(w, "echo %s\n", r.Header.Get("Authorization"))
 	})
+	mux.HandleFunc("/v2/", func(w http.ResponseWriter, r *http.Request) { registry(w, r, server.URL()) })
 	return serve(t, cert, mux), ca
+}
+
+// registry is one of images that takes the server's tokens for passwords.
+func registry(w http.ResponseWriter, r *http.Request, server string) {
+	user, password, _ := r.BasicAuth()
+	req, err := http.NewRequestWithContext(r.Context(), http.MethodGet, server+"/api/v1/user", nil)
+	if err == nil {
+		req.SetBasicAuth(user, password)
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err == nil {
+		err = res.Body.Close()
+	}
+	if err != nil || res.StatusCode != http.StatusOK {
+		w.Header().Set("WWW-Authenticate", `Basic realm="registry"`)
+		w.WriteHeader(http.StatusUnauthorized)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	fmt.Fprint(w, `{"name": "lab/app", "tags": ["v1"]}`)
 }
 
 // serve serves https on this machine.
@@ -156,10 +177,13 @@ rules:
     match: {trust: local}
     timeout: 3m
     limits: {memory: 1GiB, pids: 256, disk: 512MiB, log: 4MiB}
+    egress:
+      - {name: files.corp, port: %[3]d, protocol: http, resolve: [127.0.0.1]}
     leases:
       - issuer: gitea
         name: git
         env: {GIT_TOKEN: token, GIT_USER: username}
+        tools: [git, docker]
         files: {token: token}
         broker:
           - name: git.corp
@@ -174,6 +198,7 @@ rules:
               - {methods: [GET], path: /lab/app.git/info/refs, query: [service]}
               - {methods: [POST], path: /lab/app.git/git-upload-pack}
               - {methods: [POST], path: /lab/app.git/git-receive-pack}
+              - {methods: [GET], path: "/v2/**"}
           - name: git.corp
             port: %[1]d
             as: bearer
@@ -195,6 +220,13 @@ const steps = `      - run: |
           git -c user.name=a -c user.email=a@b.c commit -q --allow-empty -m pushed
           GIT_TRACE_CURL=1 GIT_TRACE_REDACT=0 git push -q origin HEAD:main 2>&1 | rev
           git ls-remote origin
+          git clone -q $U/lab/app.git ../helped
+          git -C ../helped push -q origin HEAD:helped
+          GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=a.b GIT_CONFIG_VALUE_0=c GIT_TERMINAL_PROMPT=0 git ls-remote $U/lab/app.git 2>&1 | sed 's/^/unhelped /'
+          curl -sS -o ../clients http://files.corp:%[2]d/clients
+          chmod +x ../clients
+          ../clients registry git.corp:%[1]d lab/app
+          DOCKER_CONFIG=/nowhere ../clients registry git.corp:%[1]d lab/app
           echo "user $(curl -sS -H "Authorization: Bearer $GIT_TOKEN" $U/api/v1/user)"
           curl -sSv -H "Authorization: Bearer $GIT_TOKEN" $U/echo 2>&1 | rev
           curl -sS $U/echo
@@ -218,14 +250,19 @@ func TestGit(t *testing.T) {
 		agenttest.Must(t, server.API(ctx, http.MethodPatch, "/repos/lab/"+name, map[string]any{"private": true}, nil))
 	}
 	port, ca := front(t, server)
+	programs, err := servertest.Dir(ctx, "clients")
+	agenttest.Must(t, err)
+	files := httptest.NewServer(http.FileServer(http.Dir(programs)))
+	t.Cleanup(files.Close)
+	at := files.Listener.Addr().(*net.TCPAddr).Port
 	issuer := &tokens{server: server}
-	a := newAgent(t, map[string]creds.Issuer{"gitea": issuer}, fmt.Sprintf(policyText, port, indented(14, ca)))
-	conclusion, log := a.run(ctx, t, fmt.Sprintf(steps, port))
+	a := newAgent(t, map[string]creds.Issuer{"gitea": issuer}, fmt.Sprintf(policyText, port, indented(14, ca), at))
+	conclusion, log := a.run(ctx, t, fmt.Sprintf(steps, port, at))
 	if conclusion != providers.Success {
 		t.Fatalf("%s:\n%s", conclusion, log)
 	}
 	for _, want := range []string{
-		`"login":"lab"`, "refs/heads/main", "echo Bearer ***", "foreign Refused by the policy of this job: the rule has a credential of its own",
+		`"login":"lab"`, "refs/heads/main", "tags [v1]: ok", "tags []: failed: ", "unhelped fatal: could not read Username", "echo Bearer ***", "foreign Refused by the policy of this job: the rule has a credential of its own",
 		"trip Refused by the policy of this job: tripwire: the placeholder of lease git",
 	} {
 		if !strings.Contains(log, want) {

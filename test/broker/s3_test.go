@@ -152,6 +152,7 @@ rules:
     leases:
       - issuer: minio
         name: s3
+        tools: [aws]
         env: {AWS_ACCESS_KEY_ID: access_key_id, AWS_SECRET_ACCESS_KEY: secret_access_key, AWS_SESSION_TOKEN: session_token}
         broker:
           - name: s3.corp
@@ -181,6 +182,9 @@ func TestS3(t *testing.T) {
           curl -sS -o clients http://files.corp:%d/clients
           chmod +x clients
           ./clients s3 https://s3.corp:%d artifacts
+          env -u AWS_ACCESS_KEY_ID -u AWS_SECRET_ACCESS_KEY -u AWS_SESSION_TOKEN ./clients s3-chain https://s3.corp:%[2]d artifacts
+          curl -sS -H "Authorization: $AWS_CONTAINER_AUTHORIZATION_TOKEN" "$AWS_CONTAINER_CREDENTIALS_FULL_URI" | rev
+          echo "guess $(curl -sS -H 'Authorization: x' "$AWS_CONTAINER_CREDENTIALS_FULL_URI")"
           env | rev
           curl -sS -H "X-Note: $AWS_SECRET_ACCESS_KEY" https://s3.corp:%[2]d/
 `, port, m.port))
@@ -189,7 +193,7 @@ func TestS3(t *testing.T) {
 	}
 	const by = `: failed: .*(Refused by the policy of this job: |StatusCode: 403)`
 	for _, want := range []string{
-		"put and get: ok", "ranges: ok", "odd names: ok", "gzip: ok", "multipart: ok", "unsigned trailer: ok", "presigned: ok", "signed chunks: ok", "signed trailer: ok",
+		"put and get: ok", "ranges: ok", "odd names: ok", "gzip: ok", "multipart: ok", "unsigned trailer: ok", "presigned: ok", "found by CredentialsEndpointProvider.*: ok", "chain: ok", `guess \{"message":"the request token is not`, "signed chunks: ok", "signed trailer: ok",
 		"changed chunk: failed", "changed trailer: failed", "foreign key" + by, "wrong secret" + by, "other region" + by,
 		"unsigned: failed: 403 Forbidden: Refused by the policy of this job: .* the request is not signed",
 		"absent: failed: .*NoSuchKey", "other bucket: failed: .*AccessDenied", "tripwire: the placeholder of lease s3",

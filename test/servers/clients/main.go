@@ -18,12 +18,16 @@ func main() {
 		session(ctx, args[1], args[2])
 	case len(args) == 3 && args[0] == "image":
 		imageClient(ctx, args[1], args[2])
+	case len(args) == 3 && args[0] == "s3-chain":
+		chain(ctx, args[1], args[2])
+	case len(args) == 3 && args[0] == "registry":
+		registry(ctx, args[1], args[2])
 	case len(args) == 4 && args[0] == "grpc":
 		finish(call(ctx, args[1], args[2], args[3]))
 	case len(args) == 3 && args[0] == "websocket":
 		finish(exchange(args[1], args[2]))
 	default:
-		fmt.Fprintln(os.Stderr, "usage: clients s3|s3-session URL BUCKET, image REPOSITORY OTHER, grpc HOST METHOD TEXT, or websocket URL TEXT")
+		fmt.Fprintln(os.Stderr, "usage: clients s3|s3-chain|s3-session URL BUCKET, image REPOSITORY OTHER, registry HOST REPOSITORY, grpc HOST METHOD TEXT, or websocket URL TEXT")
 		os.Exit(2)
 	}
 }
