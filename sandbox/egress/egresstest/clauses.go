@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
@@ -16,7 +17,7 @@ import (
 
 // clauses are the contract, sentence by sentence.
 func clauses() []clause {
-	return append(append(append(serviceClauses(), httpsClauses()...), loginClauses()...), []clause{
+	return append(slices.Concat(serviceClauses(), httpsClauses(), loginClauses(), serveClauses()), []clause{
 		{"empty rules allow nothing", emptyRules},
 		{"an allowed name is reached, with two lines", allowed},
 		{"a line names the process in the box, or says why not", named},

@@ -334,6 +334,9 @@ func TestSuite(t *testing.T) {
 					mutate = loginMutants()[name]
 				}
 				if mutate == nil {
+					mutate = serveMutants()[name]
+				}
+				if mutate == nil {
 					tb.Fatalf("clause %q has no broken gateway", name)
 				}
 				c := config(o)
