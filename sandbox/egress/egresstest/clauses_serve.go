@@ -37,7 +37,7 @@ func (b *bench) serving() (*job, error) {
 		}),
 	}}}
 	if err := j.gateway.Open(context.Background(), "job-1-step-1", o); err != nil {
-		return nil, fmt.Errorf("Open: %w", err)
+		return nil, fmt.Errorf("a served name: %w", err)
 	}
 	b.tb.Cleanup(func() { j.close("job-1-step-1") })
 	return j, nil
