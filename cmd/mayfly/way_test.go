@@ -76,7 +76,7 @@ func TestIssuersLeaveByTheWayOut(t *testing.T) {
 					continue
 				}
 				_, err := issuers[kind].Issue(audit.WithJob(t.Context(), "job-"+kind), "lease-"+kind, creds.Grant{
-					Scope: json.RawMessage(row.scope), Expires: time.Now().Add(2 * time.Hour), Subject: creds.Subject{Job: "job-" + kind},
+					Scope: json.RawMessage(row.scope), Expires: time.Now().Add(2 * time.Hour), Subject: creds.Subject{Provider: "local", Repository: "o/r", Ref: "refs/heads/main", Job: "job-" + kind, Origin: creds.Origin{JobID: "job-" + kind}},
 				})
 				port := map[string]string{"postgres": "5432", "ssh": "22"}[kind]
 				if port == "" && slices.Contains(p.heard(), kind+".way.invalid") != c.heard {

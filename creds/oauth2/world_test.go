@@ -81,7 +81,7 @@ func (w *world) newIssuer(c oauth2.Config) *oauth2.Issuer {
 
 func grant(scope string) creds.Grant {
 	return creds.Grant{
-		Subject: creds.Subject{Provider: "local", Repository: "o/r", Ref: "refs/heads/main", Job: "mf-1"},
+		Subject: creds.Subject{Provider: "local", Repository: "o/r", Ref: "refs/heads/main", Job: "mf-1", Origin: creds.Origin{JobID: "mf-1"}},
 		Scope:   json.RawMessage(scope), Expires: time.Now().Add(10 * time.Minute),
 	}
 }

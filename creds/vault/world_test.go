@@ -134,7 +134,7 @@ func (w *world) newIssuer(c vault.Config) *vault.Issuer {
 
 func grant(scope string) creds.Grant {
 	return creds.Grant{
-		Subject: creds.Subject{Provider: "local", Repository: "o/r", Ref: "refs/heads/main", Job: "mf-1"},
+		Subject: creds.Subject{Provider: "local", Repository: "o/r", Ref: "refs/heads/main", Job: "mf-1", Origin: creds.Origin{JobID: "mf-1"}},
 		Scope:   json.RawMessage(scope), Expires: time.Now().Add(10 * time.Minute),
 	}
 }
