@@ -70,29 +70,6 @@ func (a *Agent) end(ctx context.Context, log *journal.Log, d journal.Debt, turn 
 		"issuer", d.By, "probe", proof.How, "refusal", proof.Refusal, "refused_at", stamp(proof.At)))
 }
 
-// releaseThose takes back some of what the log owes, newest first.
-func (a *Agent) releaseThose(ctx context.Context, log *journal.Log, names []string) error {
-	ctx, cancel := a.detached(ctx)
-	defer cancel()
-	var errs []error
-	for _, d := range log.Debts() {
-		if !slices.Contains(names, d.Name) {
-			continue
-		}
-		var err error
-		if d.Tried {
-			err = a.releaseOne(ctx, log, d, nil)
-		}
-		if err == nil {
-			err = log.Release(d.Name)
-		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("release %s: %w", d.Name, err))
-		}
-	}
-	return errors.Join(errs...)
-}
-
 // reachMax bounds what the record says of the reach of one lease, in bytes.
 const reachMax = 2000
 

@@ -255,6 +255,11 @@ func acquired[T any](ctx context.Context, l *life, name string, acquire func(con
 // rest; what cannot be released stays in the log. The claim is not touched
 // while anything else is owed.
 func (a *Agent) release(ctx context.Context, log *journal.Log, scope string, out *stream) error {
+	return a.pay(ctx, log, func(d journal.Debt) bool { return scope == "" || d.Scope == scope }, out)
+}
+
+// pay is release of some of the debts.
+func (a *Agent) pay(ctx context.Context, log *journal.Log, these func(journal.Debt) bool, out *stream) error {
 	ctx, cancel := a.detached(ctx)
 	defer cancel()
 	var errs []error
@@ -262,7 +267,7 @@ func (a *Agent) release(ctx context.Context, log *journal.Log, scope string, out
 		if d.Kind == kindBox && a.kept.holdsBox(log.Job, d.Name) {
 			continue
 		}
-		if scope != "" && d.Scope != scope {
+		if !these(d) {
 			continue
 		}
 		if d.Kind == kindClaim && len(errs) > 0 {

@@ -208,7 +208,7 @@ func (r *renewal) again(ctx context.Context, name string, stand map[string]strin
 	}
 	lease, err := r.mint(ctx, r.Lease, r.turn, r.name)
 	if err == nil && slices.ContainsFunc(r.Broker, func(b policy.Broker) bool { return b.Certificate != "" }) {
-		err = r.releaseThose(ctx, r.log, []string{r.rule}) // whole connections have a certificate: one at a time
+		err = r.giveBack(ctx, r.rule) // whole connections have a certificate: one at a time
 	}
 	if err == nil {
 		err = r.broker(ctx, r.Lease, &holding{Lease: lease, stand: stand}, r.turn)
@@ -243,10 +243,15 @@ func (r *renewal) retire(ctx context.Context) {
 			left = append(left, o)
 			continue
 		}
-		if err := r.releaseThose(ctx, r.log, o.names); err != nil {
+		if err := r.giveBack(ctx, o.names...); err != nil {
 			r.cfg.Log.Error().Err(err).Str("job", r.log.Job).Dur("retry_in", o.wait).Msg("release of a lease that was renewed")
 			left = append(left, retired{o.names, time.Now().Add(o.wait), backoff(o.wait)})
 		}
 	}
 	r.old = left
+}
+
+// giveBack releases what has these names.
+func (r *renewal) giveBack(ctx context.Context, names ...string) error {
+	return r.pay(ctx, r.log, func(d journal.Debt) bool { return slices.Contains(names, d.Name) }, nil)
 }
