@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -207,7 +208,7 @@ func TestPostgresEnds(t *testing.T) {
 		agenttest.Must(t, err)
 		_, _ = io.WriteString(conn, text)
 		_ = conn.SetReadDeadline(time.Now().Add(bound))
-		if _, err := io.Copy(io.Discard, conn); errors.Is(err, context.DeadlineExceeded) {
+		if _, err := io.Copy(io.Discard, conn); errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("%q: the connection is open still", text)
 		}
 		conn.Close()
