@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -90,6 +91,9 @@ func Run(t *testing.T, factory func(t *testing.T) Harness) {
 				t.Errorf("%s: %v", c.name, err)
 			}
 		})
+	}
+	if os.Getenv(envTimes) != "" {
+		t.Run("times", func(t *testing.T) { times(t, factory(t)) })
 	}
 }
 
