@@ -72,6 +72,15 @@ const askSteps = `      - run: |
           echo "step $(curl -sS -H "Authorization: Bearer $(cat token)" "$U&audience=sts")"
           echo "audience $(curl -sS -H "$A" "$U&audience=vault")"
           curl -sS -H "$A" "$U" | rev
+          echo "kept $(rev token)"
+`
+
+// askOther is a job that was told the request token of one before it.
+const askOther = `      - id: publish
+        run: |
+          ask() { echo "$1 $(curl -sS -o answer -w '%%{http_code}' -H "Authorization: Bearer $2" "$ACTIONS_ID_TOKEN_REQUEST_URL&audience=vault") $(cat answer)"; }
+          ask foreign "$(echo %s | rev)"
+          ask own "$ACTIONS_ID_TOKEN_REQUEST_TOKEN"
 `
 
 // TestIdentityEndpoint: the toolkit of GitHub's actions gets tokens in the step that
@@ -117,6 +126,16 @@ func TestIdentityEndpoint(t *testing.T) {
 		}
 	}
 	a.search(t, tokens...)
+	kept := regexp.MustCompile(`kept (\S+)`).FindStringSubmatch(log)
+	if kept == nil {
+		t.Fatalf("the job did not tell its request token:\n%s", log)
+	}
+	_, other := a.run(ctx, t, fmt.Sprintf(askOther, kept[1]))
+	for _, want := range []string{`foreign 401 {"message":"the request token is not that of this lease"}`, `own 200 {"value":"***"}`} {
+		if !strings.Contains(other, want) {
+			t.Errorf("the log of another job lacks %q:\n%s", want, other)
+		}
+	}
 	a.asked(ctx, t, ids)
 	if t.Failed() {
 		t.Log(log)
@@ -156,7 +175,7 @@ func (a *agent) asked(ctx context.Context, t *testing.T, ids map[string]bool) {
 		}
 		delete(ids, e.Detail["jti"])
 	}
-	if given != 5 || refused != 5 || len(ids) != 0 {
+	if given != 6 || refused != 6 || len(ids) != 0 {
 		t.Errorf("the record has %d tokens and %d refusals, and lacks %d", given, refused, len(ids))
 	}
 }
