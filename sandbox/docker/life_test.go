@@ -66,9 +66,43 @@ func testBox(t *testing.T, d *dockertest.Daemon) {
 	if err != nil {
 		t.Error(err)
 	}
+	testToldNothing(t, d, b, "box")
 	// The guest takes no second stream, also not from root of the box.
 	if out, _ := enginetest.Script(t, b, `python3 -c 'import socket; socket.socket(socket.AF_UNIX).connect("\0mayfly-guest")' 2>&1 | tail -1`); !strings.Contains(out, "refused") {
 		t.Errorf("a step connects to the guest: got %q, want refused", out)
+	}
+}
+
+// testToldNothing: while a process of the box has a secret in its environment,
+// neither the engine's answer about the container nor what it keeps
+// of it on disk has it.
+func testToldNothing(t *testing.T, d *dockertest.Daemon, b sandbox.Sandbox, name string) {
+	const secret = "mayfly-canary-correct-horse"
+	looked := false
+	look := func(time.Time, []byte) error {
+		looked = true
+		c, raw, err := d.Engine().ContainerInspectWithRaw(enginetest.Bounded(t), name, true)
+		if err != nil || !strings.Contains(string(raw), c.ID) || strings.Contains(string(raw), secret) {
+			t.Errorf("inspect: %v, %s", err, raw)
+		}
+		kept, err := filepath.Glob(filepath.Join(d.Dir(), "*", "containers", c.ID, "*"))
+		if more, gerr := filepath.Glob(filepath.Join(d.Dir(), "*", "*", "containers", c.ID, "*")); err != nil || gerr != nil || len(kept)+len(more) == 0 {
+			t.Errorf("what the engine keeps: %v, %v, %d files", err, gerr, len(kept)+len(more))
+		} else {
+			kept = append(kept, more...)
+		}
+		for _, path := range kept {
+			if text, err := os.ReadFile(path); err == nil && strings.Contains(string(text), secret) {
+				t.Errorf("%s has it", path)
+			}
+		}
+		return nil
+	}
+	exit, err := b.Run(enginetest.Bounded(t), sandbox.Process{
+		Args: []string{"/bin/sh", "-c", `test -n "$SECRET" && echo ready`}, Env: []string{"PATH=/usr/bin:/bin", "SECRET=" + secret}, Stdout: look,
+	})
+	if err != nil || exit.Code != 0 || !looked {
+		t.Errorf("a process with a secret: %+v, %v, looked: %v", exit, err, looked)
 	}
 }
 
