@@ -69,7 +69,8 @@ func TestForksGetNoCredential(t *testing.T) {
 		p := parsed(t, file)
 		for _, event := range []string{"push", "pull_request", "pull_request_target", "workflow_run", "release"} {
 			for _, ref := range []string{"refs/heads/main", "refs/tags/v1.2.3", "refs/pull/1/head"} {
-				j := providers.Job{Actor: "mallory", Subject: creds.Subject{
+				j := providers.Job{Subject: creds.Subject{
+					Origin:   creds.Origin{Actor: "mallory"},
 					Provider: "gitea", Repository: "acme/app", Ref: ref, Event: event, Workflow: "release.yml", Job: "x",
 					SHA: "0123456789abcdef0123456789abcdef01234567",
 				}}

@@ -58,8 +58,7 @@ type Job struct {
 	// that the journal need not wait for the disk.
 	ByName bool
 
-	Subject creds.Subject // Provider, Repository, Ref, SHA, Workflow, Event, Job
-	Actor   string        // who caused it, as the service says
+	Subject creds.Subject // Provider, Repository, Ref, SHA, Workflow, Event, Job, and what it knows of Origin
 	Trust   Trust
 	Labels  []string // what runs-on asked for
 

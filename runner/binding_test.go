@@ -38,7 +38,7 @@ func TestBinding(t *testing.T) {
 		"another event":       func(j *providers.Job) { j.Subject.Event = "pull_request_target" },
 		"another workflow":    func(j *providers.Job) { j.Subject.Workflow = "ci.yml" },
 		"another provider":    func(j *providers.Job) { j.Subject.Provider = "ci2" },
-		"another person":      func(j *providers.Job) { j.Actor = "mallory" },
+		"another person":      func(j *providers.Job) { j.Subject.Actor = "mallory" },
 		"another step":        func(j *providers.Job) { j.Steps[1].ID = "deploy2" },
 		"a step of that name": func(j *providers.Job) { j.Steps[1].ID, j.Steps[1].Name = "x", "deploy" },
 	} {
@@ -46,7 +46,7 @@ func TestBinding(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
 			j := job(providers.Step{Run: "env DEPLOY_KEY"}, providers.Step{ID: "deploy", Run: "env DEPLOY_KEY"}, providers.Step{ID: "last", Run: "print ran"})
-			j.Trust, j.Actor = providers.TrustProtected, "alice"
+			j.Trust, j.Subject.Actor = providers.TrustProtected, "alice"
 			j.Subject.SHA, j.Subject.Event, j.Subject.Workflow = commit, "push", "release.yml"
 			change(&j)
 			w.offers <- j

@@ -194,9 +194,6 @@ func (s *steps) mint(ctx context.Context, l policy.Lease, turn int, renews strin
 func (s *steps) subject(l policy.Lease) creds.Subject {
 	who := s.job.Subject
 	who.Step, who.Trust, who.JobID, who.Policy = l.Step, string(s.job.Trust), s.log.Job, s.plan.Digest
-	if who.Actor == "" {
-		who.Actor = s.job.Actor
-	}
 	return who
 }
 

@@ -75,7 +75,7 @@ func (l *life) admit(ctx context.Context) (policy.Plan, error) {
 	s := l.job.Subject
 	err = errors.Join(err, l.audit(ctx, l.log.Job, "job.admit", s.Job, err, append(narrowed,
 		"provider", s.Provider, "repository", s.Repository, "ref", s.Ref, "sha", s.SHA, "workflow", s.Workflow,
-		"event", s.Event, "actor", l.job.Actor, "trust", string(l.job.Trust),
+		"event", s.Event, "actor", s.Actor, "trust", string(l.job.Trust),
 		"unmet", unmet(plan), "policy", rules.Digest(), "rule", plan.Rule, "runtime", plan.Runtime, "image", plan.Image, "isolation", string(plan.Isolation))...))
 	if err != nil {
 		return plan, err

@@ -109,7 +109,7 @@ func (s *steps) github(f *frame, step *current) map[string]any {
 	owner, _, _ := strings.Cut(strings.TrimPrefix(j.Repository, "/"), "/")
 	github := map[string]any{
 		"repository": j.Repository, "repository_owner": owner, "ref": j.Ref, "ref_name": refName(j.Ref), "sha": j.SHA,
-		"event_name": j.Event, "workflow": j.Workflow, "job": j.Job, "actor": s.job.Actor, "triggering_actor": s.job.Actor,
+		"event_name": j.Event, "workflow": j.Workflow, "job": j.Job, "actor": j.Actor, "triggering_actor": j.Actor,
 	}
 	if own, ok := s.job.Contexts["github"].(map[string]any); ok {
 		maps.Copy(github, own)

@@ -268,9 +268,9 @@ func readJob(path string) (providers.Job, error) {
 	job := providers.Job{
 		Subject: creds.Subject{
 			Provider: f.Provider, Repository: f.Repository, Ref: f.Ref, SHA: f.SHA,
-			Workflow: f.Workflow, Event: f.Event, Job: f.Job, Origin: creds.Origin{Environment: f.Environment},
+			Workflow: f.Workflow, Event: f.Event, Job: f.Job, Origin: creds.Origin{Environment: f.Environment, Actor: f.Actor},
 		},
-		Actor: f.Actor, Trust: f.Trust,
+		Trust: f.Trust,
 	}
 	for _, id := range f.Steps {
 		job.Steps = append(job.Steps, providers.Step{ID: id})

@@ -137,8 +137,9 @@ func (p *past) subject() providers.Job {
 	return providers.Job{
 		Subject: creds.Subject{
 			Provider: f["provider"], Repository: f["repository"], Ref: f["ref"], SHA: f["sha"], Workflow: f["workflow"], Event: f["event"],
+			Origin: creds.Origin{Actor: f["actor"]},
 		},
-		Actor: f["actor"], Trust: providers.Trust(f["trust"]),
+		Trust: providers.Trust(f["trust"]),
 	}
 }
 

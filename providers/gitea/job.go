@@ -45,7 +45,7 @@ var (
 // no name, refuses the job.
 func (p *Provider) facts(context map[string]any) (workflow.Facts, error) {
 	text := func(key string) string { s, _ := context[key].(string); return s }
-	f := workflow.Facts{Actor: text("actor"), Trust: providers.TrustFork}
+	f := workflow.Facts{Trust: providers.TrustFork}
 	f.Subject = creds.Subject{
 		Provider: p.config.Provider, Repository: text("repository"), Ref: text("ref"), SHA: text("sha"),
 		Workflow: text("workflow"), Event: text("event_name"), Origin: origin(context),
@@ -161,7 +161,7 @@ func id(v any) string {
 // is what Gitea says, and github.token is the token of the task.
 func (p *Provider) job(t *task) (providers.Job, error) {
 	f, err := p.facts(t.Context)
-	bare := providers.Job{Subject: f.Subject, Actor: f.Actor, Trust: f.Trust}
+	bare := providers.Job{Subject: f.Subject, Trust: f.Trust}
 	if err != nil {
 		return providers.Job{Subject: creds.Subject{Provider: p.config.Provider}, Trust: providers.TrustFork}, err
 	}

@@ -54,7 +54,7 @@ func TestJob(t *testing.T) {
 	if job.Subject.RunID == "" {
 		t.Error("the job has no run id")
 	}
-	if job.Subject != want || job.Actor != "mona" || job.Trust != providers.TrustBranch || !slices.Equal(job.Labels, c.Labels) || job.ByName || len(job.Steps) != 1 {
+	if job.Subject != want || job.Trust != providers.TrustBranch || !slices.Equal(job.Labels, c.Labels) || job.ByName || len(job.Steps) != 1 {
 		t.Errorf("job = %+v, want one of %+v", job, want)
 	}
 	token, runtime := fakegitea.Token(id), fakegitea.RuntimeToken(id)

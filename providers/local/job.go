@@ -181,7 +181,6 @@ func (p *Provider) bare(id string) providers.Job {
 func (p *Provider) job(rec record) (providers.Job, error) {
 	j := rec.Job
 	job := p.bare(rec.ID)
-	job.Actor = j.Actor
 	job.Subject = creds.Subject{Provider: p.config.Provider, Repository: j.Repository, Ref: j.Ref, SHA: rec.SHA, Workflow: j.Workflow, Event: j.Event, Job: j.Job}
 	job.Subject.Origin = creds.Origin{RunID: rec.ID, RunNumber: "1", RunAttempt: "1", Actor: j.Actor}
 	if rec.Bad != "" {
@@ -202,7 +201,7 @@ func (p *Provider) job(rec record) (providers.Job, error) {
 	if j.URL != "" {
 		github["repositoryUrl"] = j.URL
 	}
-	built, err := w.Job(j.Job, workflow.Facts{Subject: job.Subject, Actor: j.Actor, Trust: job.Trust, GitHub: github, Inputs: j.Inputs})
+	built, err := w.Job(j.Job, workflow.Facts{Subject: job.Subject, Trust: job.Trust, GitHub: github, Inputs: j.Inputs})
 	built.Ref, built.ByName = job.Ref, job.ByName
 	if err != nil {
 		return built, err

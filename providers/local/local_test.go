@@ -146,7 +146,7 @@ func TestJobFromACommit(t *testing.T) {
 		if job.Steps[0].Run != c.run || s.SHA != c.want || s.Ref != c.job.Ref || s.Repository != repo || s.Workflow != ciFile || s.Job != "build" || s.Event != "push" || s.Provider != Name {
 			t.Errorf("%s: runs %q as %+v, want %q at %q", name, job.Steps[0].Run, s, c.run, c.want)
 		}
-		if job.Trust != providers.TrustLocal || !job.ByName || string(job.Ref) != id || job.Actor != "mona" || job.Env.Vars["CI"] != "true" || job.Labels[0] != "linux" {
+		if job.Trust != providers.TrustLocal || !job.ByName || string(job.Ref) != id || job.Subject.Actor != "mona" || job.Env.Vars["CI"] != "true" || job.Labels[0] != "linux" {
 			t.Errorf("%s: job = %+v", name, job)
 		}
 		github, _ := job.Contexts["github"].(map[string]any)

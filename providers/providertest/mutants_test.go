@@ -151,7 +151,7 @@ func claimMutants() map[string]func(*faulty) {
 		"claiming a name twice gives the same job": func(p *faulty) {
 			p.claim = func(ctx context.Context, name string, o providers.Offer) (providers.Job, error) {
 				j, err := p.Fake.Claim(ctx, name, o)
-				j.Actor = time.Now().String()
+				j.Subject.Actor = time.Now().String()
 				return j, err
 			}
 		},

@@ -16,7 +16,6 @@ import (
 // Facts is what a provider knows of a job beside its text.
 type Facts struct {
 	Subject creds.Subject // Job is filled in by Workflow.Job
-	Actor   string
 	Trust   providers.Trust
 	// GitHub adds keys to the github context, or replaces the ones that are
 	// made from the fields above.
@@ -32,7 +31,7 @@ type Facts struct {
 // Job builds the job with the given id, in any case; "" is the only job of the
 // file. It checks the job, its place in the file included, down to each
 // expression, and its error, which wraps providers.ErrBadJob, names everything
-// in it that cannot be run. Subject, Actor and Trust are set even then.
+// in it that cannot be run. Subject and Trust are set even then.
 //
 // The contexts are github (repository, repository_owner, ref, ref_name,
 // ref_type, sha, event_name, actor, triggering_actor, workflow, workflow_ref,
@@ -43,7 +42,7 @@ type Facts struct {
 // Timeout and Labels are evaluated here, everything else when it is needed.
 // Workflow-level env and defaults are merged into the job and its steps.
 func (w *Workflow) Job(id string, f Facts) (providers.Job, error) {
-	job := providers.Job{Subject: f.Subject, Actor: f.Actor, Trust: f.Trust, Secrets: f.Secrets}
+	job := providers.Job{Subject: f.Subject, Trust: f.Trust, Secrets: f.Secrets}
 	job.Subject.Job = id
 	p := &problems{file: w.file}
 	src, err := w.find(id)
@@ -103,8 +102,8 @@ func (w *Workflow) github(s creds.Subject, f Facts) map[string]any {
 		"ref_type":         refType,
 		"sha":              s.SHA,
 		"event_name":       s.Event,
-		"actor":            f.Actor,
-		"triggering_actor": f.Actor,
+		"actor":            f.Subject.Actor,
+		"triggering_actor": f.Subject.Actor,
 		"workflow":         w.Name(),
 		"workflow_ref":     s.Repository + "/" + w.file + "@" + s.Ref,
 		"job":              s.Job,

@@ -57,8 +57,7 @@ func noEnv() providers.Env { return providers.Env{Vars: map[string]string{}} }
 
 func facts() Facts {
 	return Facts{
-		Subject: creds.Subject{Provider: "local", Repository: "owner/repo", Ref: "refs/heads/main", SHA: "abc", Event: "workflow_dispatch"},
-		Actor:   "mona",
+		Subject: creds.Subject{Provider: "local", Repository: "owner/repo", Ref: "refs/heads/main", SHA: "abc", Event: "workflow_dispatch", Origin: creds.Origin{Actor: "mona"}},
 		Trust:   providers.TrustLocal,
 		GitHub:  map[string]any{"run_id": "r1"},
 	}
@@ -101,7 +100,7 @@ func TestJob(t *testing.T) {
 	f := facts()
 	f.Subject.Job = "Build"
 	want := providers.Job{
-		Subject: f.Subject, Actor: "mona", Trust: providers.TrustLocal,
+		Subject: f.Subject, Trust: providers.TrustLocal,
 		Labels:  []string{"linux", "you"},
 		If:      "github.ref == 'refs/heads/main'",
 		Env:     providers.Env{Vars: map[string]string{"A": "workflow", "B": "job ${{ github.sha }}", "http_proxy": "p"}},

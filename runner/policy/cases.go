@@ -143,9 +143,9 @@ func (n caseJobNode) job() providers.Job {
 	j := providers.Job{
 		Subject: creds.Subject{
 			Provider: n.Provider, Repository: n.Repository, Ref: n.Ref, SHA: n.SHA,
-			Workflow: n.Workflow, Event: n.Event, Job: n.Job, Origin: creds.Origin{Environment: n.Released},
+			Workflow: n.Workflow, Event: n.Event, Job: n.Job, Origin: creds.Origin{Environment: n.Released, Actor: n.Actor},
 		},
-		Actor: n.Actor, Trust: providers.Trust(n.Trust),
+		Trust: providers.Trust(n.Trust),
 	}
 	if n.Steps != nil {
 		for _, id := range *n.Steps {

@@ -23,7 +23,6 @@ var update = flag.Bool("update", false, "write the golden parts of testdata/*.tx
 // job is a job as the golden files write it.
 type job struct {
 	creds.Subject
-	Actor   string          `json:"actor"`
 	Trust   providers.Trust `json:"trust"`
 	Timeout string          `json:"timeout"`
 	Steps   []string        `json:"steps"`
@@ -37,7 +36,7 @@ func readJob(t *testing.T, src []byte) providers.Job {
 	if err := dec.Decode(&j); err != nil {
 		t.Fatalf("job %s: %v", src, err)
 	}
-	out := providers.Job{Subject: j.Subject, Actor: j.Actor, Trust: j.Trust}
+	out := providers.Job{Subject: j.Subject, Trust: j.Trust}
 	if j.Timeout != "" {
 		d, err := time.ParseDuration(j.Timeout)
 		if err != nil {

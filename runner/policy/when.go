@@ -130,7 +130,7 @@ func factOf(j providers.Job, name string) string {
 	case "job":
 		return s.Job
 	case "actor":
-		return j.Actor
+		return s.Actor
 	case "trust":
 		return string(j.Trust)
 	case "environment":
