@@ -15,6 +15,7 @@ import (
 
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/creds/postgres"
+	"github.com/mayfly-ci/mayfly/test/servertest"
 )
 
 // testOwnedObjects: a job leaves all kinds of things in two databases.
@@ -254,7 +255,7 @@ func testIssueOvertaken(t *testing.T, w *world) {
 			}
 			var err error
 			pid, err = strconv.Atoi(w.ask("app", "SELECT pid::text FROM pg_stat_activity WHERE application_name = $1", "mayfly_"+name))
-			if err = errors.Join(err, syscall.Kill(pid, syscall.SIGSTOP)); err != nil {
+			if err = errors.Join(err, servertest.Freeze(pid)); err != nil {
 				t.Error(err)
 			}
 			time.AfterFunc(300*time.Millisecond, cancel) // it waits for the answer by then

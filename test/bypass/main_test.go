@@ -85,9 +85,9 @@ const (
 func network() error {
 	for _, args := range []string{
 		"link set lo up", "address add " + goodAddress + "/32 dev lo", "address add " + evilAddress + "/32 dev lo",
-		"-6 address add " + evilAddress6 + "/128 dev lo", "address add " + egress.Resolver.String() + "/32 dev lo",
+		"-6 address add " + evilAddress6 + "/128 dev lo nodad", "address add " + egress.Resolver.String() + "/32 dev lo",
 		"address add 10.77.0.1/32 dev lo", "address add 169.254.169.254/32 dev lo", "address add 169.254.170.2/32 dev lo",
-		"address add 168.63.129.16/32 dev lo", "address add 100.100.100.200/32 dev lo", "-6 address add fd00:ec2::254/128 dev lo",
+		"address add 168.63.129.16/32 dev lo", "address add 100.100.100.200/32 dev lo", "-6 address add fd00:ec2::254/128 dev lo nodad",
 	} {
 		if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
 			return fmt.Errorf("ip %s (package iproute2): %w: %s", args, err, out)

@@ -4,6 +4,8 @@ import (
 	"context"
 	"net/http"
 	"syscall"
+
+	"github.com/mayfly-ci/mayfly/test/servertest"
 )
 
 // NewUser makes an ordinary user with that password.
@@ -15,7 +17,7 @@ func (s *Server) NewUser(ctx context.Context, name, password string) error {
 
 // Pause freezes the server: the kernel still accepts connections, nobody
 // answers. Resume, Kill and Close undo it.
-func (s *Server) Pause() error { return s.cmd.Process.Signal(syscall.SIGSTOP) }
+func (s *Server) Pause() error { return servertest.Freeze(s.cmd.Process.Pid) }
 
 // Resume lets a paused server go on.
 func (s *Server) Resume() error { return s.cmd.Process.Signal(syscall.SIGCONT) }

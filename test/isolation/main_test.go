@@ -124,7 +124,7 @@ func prepareAndRun(m *testing.M) (code int, err error) {
 func network() error {
 	for _, args := range []string{
 		"link set lo up", "address add 10.77.0.1/24 dev lo", "address add 169.254.169.254/32 dev lo",
-		"-6 address add fd00:77::1/64 dev lo", "-6 address add fe80::77/64 dev lo",
+		"-6 address add fd00:77::1/64 dev lo nodad", "-6 address add fe80::77/64 dev lo nodad",
 	} {
 		if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
 			return fmt.Errorf("ip %s (package iproute2): %w: %s", args, err, out)

@@ -21,6 +21,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/mayfly-ci/mayfly/test/servertest"
 )
 
 // Bounds. A start from the template takes 0.1 s and a crash recovery 0.2 s; the
@@ -149,10 +151,43 @@ func (s *Server) Restart(ctx context.Context, settings ...string) error {
 
 // Pause freezes the server and all its sessions: the kernel still accepts
 // connections, nobody answers. Resume, Stop and Close undo it.
-func (s *Server) Pause() error { return s.signalAll(syscall.SIGSTOP) }
+func (s *Server) Pause() error {
+	if s.cmd == nil {
+		return nil
+	}
+	if err := servertest.Freeze(s.cmd.Process.Pid); err != nil { // so that it starts nothing new
+		return err
+	}
+	children, err := childrenOf(s.cmd.Process.Pid)
+	if err != nil {
+		return err
+	}
+	return servertest.Freeze(children...)
+}
 
 // Resume lets a paused server go on.
-func (s *Server) Resume() error { return s.signalAll(syscall.SIGCONT) }
+func (s *Server) Resume() error {
+	if s.cmd == nil {
+		return nil
+	}
+	pid := s.cmd.Process.Pid
+	if err := s.cmd.Process.Signal(syscall.SIGCONT); err != nil {
+		if errors.Is(err, os.ErrProcessDone) {
+			return nil
+		}
+		return err
+	}
+	children, err := childrenOf(pid)
+	if err != nil {
+		return err
+	}
+	for _, child := range children {
+		if err := syscall.Kill(child, syscall.SIGCONT); err != nil && !errors.Is(err, syscall.ESRCH) {
+			return fmt.Errorf("resume session %d: %w", child, err)
+		}
+	}
+	return nil
+}
 
 // Close stops the server and removes its directory.
 func (s *Server) Close() error {
@@ -301,29 +336,4 @@ func (s *Server) end(ctx context.Context, how syscall.Signal) error {
 	case <-ctx.Done():
 		return fmt.Errorf("postgres still running: %w", context.Cause(ctx))
 	}
-}
-
-// signalAll signals the postmaster, so that it starts nothing new, and then its
-// children.
-func (s *Server) signalAll(sig syscall.Signal) error {
-	if s.cmd == nil {
-		return nil
-	}
-	pid := s.cmd.Process.Pid
-	if err := s.cmd.Process.Signal(sig); err != nil {
-		if errors.Is(err, os.ErrProcessDone) {
-			return nil
-		}
-		return err
-	}
-	children, err := childrenOf(pid)
-	if err != nil {
-		return err
-	}
-	for _, child := range children {
-		if err := syscall.Kill(child, sig); err != nil && !errors.Is(err, syscall.ESRCH) {
-			return fmt.Errorf("signal session %d: %w", child, err)
-		}
-	}
-	return nil
 }

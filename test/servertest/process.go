@@ -75,7 +75,7 @@ func (p *Process) Stop(ctx context.Context) error {
 
 // Pause freezes the process: the kernel still accepts connections, nobody
 // answers. Resume and Stop undo it.
-func (p *Process) Pause() error { return p.cmd.Process.Signal(syscall.SIGSTOP) }
+func (p *Process) Pause() error { return Freeze(p.cmd.Process.Pid) }
 
 // Resume lets a paused process go on.
 func (p *Process) Resume() error { return p.cmd.Process.Signal(syscall.SIGCONT) }
