@@ -113,8 +113,9 @@ func (t Tokens) Asking() []Request {
 }
 
 // Using are the requests that tokens of these scopes are for (the distribution
-// specification). A registry may look at scopes less closely than its
-// specification says. Layers are not mounted out of other repositories.
+// specification), each by its whole path: a repository may have others below its
+// name, and a registry may look at scopes less closely than its specification says.
+// Layers are not mounted out of other repositories.
 func (t Tokens) Using() []Request {
 	read := []string{http.MethodGet, http.MethodHead}
 	all := []Request{{Methods: read, Path: "/v2/"}, {Methods: read, Path: "/v2"}}
@@ -128,17 +129,22 @@ func (t Tokens) Using() []Request {
 		case kind != "repository":
 			continue
 		}
-		path := "/v2/" + name + "/**"
+		add := func(methods []string, kinds ...string) {
+			for _, kind := range kinds {
+				all = append(all, Request{Methods: methods, Path: "/v2/" + name + kind})
+			}
+		}
 		if may("pull") || may("push") {
-			all = append(all, Request{Methods: read, Path: path})
+			add(read, "/manifests/*", "/blobs/*", "/tags/list", "/referrers/*")
 		}
 		if may("push") {
-			all = append(all, Request{Methods: []string{http.MethodPost}, Path: "/v2/" + name + "/blobs/uploads/", Query: []string{"digest", "mount"}},
-				Request{Methods: []string{http.MethodPut, http.MethodPatch}, Path: path},
-				Request{Methods: []string{http.MethodDelete}, Path: "/v2/" + name + "/blobs/uploads/*"})
+			all = append(all, Request{Methods: []string{http.MethodPost}, Path: "/v2/" + name + "/blobs/uploads/", Query: []string{"digest", "mount"}})
+			add([]string{http.MethodPut}, "/manifests/*")
+			// Where the registry says that an upload goes on; GitHub's says "upload".
+			add([]string{http.MethodGet, http.MethodPut, http.MethodPatch, http.MethodDelete}, "/blobs/uploads/*", "/blobs/upload/*")
 		}
 		if may("delete") {
-			all = append(all, Request{Methods: []string{http.MethodDelete}, Path: path})
+			add([]string{http.MethodDelete}, "/manifests/*", "/blobs/*")
 		}
 	}
 	return all

@@ -149,7 +149,9 @@ func TestRegistry(t *testing.T) {
 	if strings.Count(asked, "robot ?service=depot&scope=repository:lab/app:pull true") != 4 || !strings.Contains(asked, form) {
 		t.Errorf("the realm was asked:\n%s", asked)
 	}
-	d.await("of both", has(func(l egress.Line) bool { return l.Request.Lease == "images" && l.Request.Path == "/v2/lab/app/**" }))
+	d.await("of both", has(func(l egress.Line) bool {
+		return l.Request.Lease == "images" && l.Request.Path == "/v2/lab/app/manifests/*"
+	}))
 	d.await("of the realm", has(func(l egress.Line) bool { return l.Request.Lease == "images" && l.Request.Path == "/token" }))
 	if text := fmt.Sprintf("%+v", d.lines); strings.Contains(text, bearer) || strings.Contains(text, realToken) {
 		t.Error("the ledger has a credential")
@@ -183,6 +185,8 @@ func TestRegistryRefuses(t *testing.T) {
 		"the token at the realm":       {"GET", "/token?service=depot", trip, []string{"Authorization: Bearer " + token}},
 		"the token in a header":        {"GET", "/v2/lab/app/manifests/1", trip, []string{"X-Note: " + token}},
 		"a path of another":            {"GET", "/v2/other/app/manifests/1", trip, []string{mine}}, // a rule beside it allows the request, without a credential
+		"a path of one below":          {"GET", "/v2/lab/app/secret/manifests/1", trip, []string{mine}},
+		"a blob of one below":          {"PUT", "/v2/lab/app/secret/blobs/uploads/1", trip, []string{mine}},
 		"a deletion":                   {"DELETE", "/v2/lab/app/manifests/1", trip, []string{mine}},
 		"a layer of another":           {"POST", "/v2/lab/app/blobs/uploads/?mount=sha256:0&from=lab/other", trip, []string{mine}},
 	} {
