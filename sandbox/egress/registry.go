@@ -83,11 +83,12 @@ func (t Tokens) Allows(scope string) bool {
 	})
 }
 
-// sameName compares the name of a scope with a pattern.
+// sameName compares the name of a scope with a pattern. "*" stands for no ":" and no
+// ",", since a realm may take a scope apart at its second colon, and we at its last.
 func sameName(pattern, name string) bool {
 	want, got := strings.Split(pattern, "/"), strings.Split(name, "/")
 	return len(want) == len(got) && !slices.ContainsFunc(got, func(s string) bool { return s == "" }) &&
-		slices.EqualFunc(want, got, func(w, g string) bool { return w == "*" || w == g })
+		slices.EqualFunc(want, got, func(w, g string) bool { return w == g || w == "*" && !strings.ContainsAny(g, ":,") })
 }
 
 // cutScope takes a scope apart. Names may have colons.

@@ -175,6 +175,7 @@ func TestRegistryRefuses(t *testing.T) {
 		"another repository":           {"GET", "/token?service=depot&scope=repository:lab/other:pull", "no token with the scope", nil},
 		"one good and one bad":         {"GET", "/token?service=depot&scope=repository:lab/app:pull&scope=repository:x:pull", "no token with the scope", nil},
 		"two in one":                   {"GET", "/token?service=depot&scope=repository:lab/app:pull%20repository:x:pull", "no token with the scope", nil},
+		"actions in the name":          {"GET", "/token?service=depot&scope=repository:lab/app:delete,x:push", "no token with the scope", nil},
 		"everything":                   {"GET", "/token?service=depot&scope=*", "no token with the scope", nil},
 		"another service":              {"GET", "/token?service=elsewhere", "another service", nil},
 		"two services":                 {"GET", "/token?service=depot&service=elsewhere", "another service", nil},
