@@ -118,14 +118,17 @@ func trust(context map[string]any, s creds.Subject) providers.Trust {
 }
 
 // ownRun says whether the run that a job follows was of the repository's own code:
-// by its repository, which Gitea 1.27 does not say, or by an event of which only
-// people who can push are the cause.
+// it began by an event of which only people who can push are the cause, or for a
+// pull request whose head is in the repository. Gitea 1.27 does not say where the
+// head is. Of other events the head is the default branch, whatever they are about:
+// of a run that itself followed one of a fork, for one.
 func ownRun(event map[string]any, s creds.Subject) bool {
-	if head := child(event, "workflow_run", "head_repository", "full_name"); head != nil {
-		return head == s.Repository
-	}
+	head := child(event, "workflow_run", "head_repository", "full_name")
 	began, _ := child(event, "workflow_run", "event").(string)
-	return slices.Contains([]string{"push", "schedule", "workflow_dispatch"}, began)
+	if slices.Contains([]string{"push", "schedule", "workflow_dispatch"}, began) {
+		return head == nil || head == s.Repository
+	}
+	return strings.HasPrefix(began, "pull_request") && head == s.Repository
 }
 
 // origin is what Gitea 1.27 says of a run beside its commit. Ids are in the event,

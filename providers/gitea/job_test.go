@@ -100,8 +100,8 @@ func TestTrust(t *testing.T) {
 	pull := func(repo any) map[string]any {
 		return map[string]any{"event": map[string]any{"pull_request": map[string]any{"head": map[string]any{"repo": repo}}}}
 	}
-	ran := func(name string) map[string]any {
-		return map[string]any{"event": map[string]any{"workflow_run": map[string]any{"head_repository": map[string]any{"full_name": name}}}}
+	ran := func(event, name string) map[string]any {
+		return map[string]any{"event": map[string]any{"workflow_run": map[string]any{"event": event, "head_repository": map[string]any{"full_name": name}}}}
 	}
 	after := func(event string) map[string]any {
 		return map[string]any{"event": map[string]any{"workflow_run": map[string]any{"event": event}}}
@@ -129,8 +129,12 @@ func TestTrust(t *testing.T) {
 		{"push", "", nil, providers.TrustFork},
 		{"push", "main", nil, providers.TrustFork},
 		{"push", "refs/for/main", map[string]any{"ref_protected": true}, providers.TrustFork},
-		{"workflow_run", "refs/heads/main", ran("acme/app"), providers.TrustBranch},
-		{"workflow_run", "refs/heads/main", ran("evil/app"), providers.TrustFork},
+		{"workflow_run", "refs/heads/main", ran("pull_request", "acme/app"), providers.TrustBranch},
+		{"workflow_run", "refs/heads/main", ran("push", "acme/app"), providers.TrustBranch},
+		{"workflow_run", "refs/heads/main", ran("pull_request", "evil/app"), providers.TrustFork},
+		{"workflow_run", "refs/heads/main", ran("push", "evil/app"), providers.TrustFork},
+		{"workflow_run", "refs/heads/main", ran("workflow_run", "acme/app"), providers.TrustFork},
+		{"workflow_run", "refs/heads/main", ran("issue_comment", "acme/app"), providers.TrustFork},
 		{"workflow_run", "refs/heads/main", nil, providers.TrustFork},
 		{"workflow_run", "refs/heads/main", after("push"), providers.TrustBranch},
 		{"workflow_run", "refs/heads/main", after("pull_request"), providers.TrustFork},
