@@ -76,7 +76,7 @@ func (f *framed) CloseWrite() error {
 }
 
 // release ends the judging: the connection has become something else. Nobody may
-// be reading.
+// be reading, as is so after a request without a body.
 func (f *framed) release() {
 	if f.state == inHead {
 		f.in = f.in[1:] // what was handed out of it already

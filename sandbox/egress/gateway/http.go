@@ -400,6 +400,7 @@ func (x *exchange) redial(ctx context.Context, network string, p *http.Protocols
 func (x *exchange) hangUp(w http.ResponseWriter, r *http.Request, why error) {
 	if a, ok := w.(*answered); ok {
 		a.err = why
+		w = a.ResponseWriter // what it does when a connection becomes something else is not for this
 	}
 	control := http.NewResponseController(w)
 	if r.ProtoMajor == 2 {

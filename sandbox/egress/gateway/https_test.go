@@ -358,3 +358,30 @@ func TestBroken(t *testing.T) {
 	}
 	s.await("of the break", has(func(l egress.Line) bool { return l.Verdict == egress.Ended && l.Reason != "" }))
 }
+
+// TestRefusedMidway: an answer that is refused while the body of its request is
+// still being read breaks the request off.
+func TestRefusedMidway(t *testing.T) {
+	t.Parallel()
+	s := newSecured(t, false, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_ = http.NewResponseController(w).EnableFullDuplex()
+		_, _ = io.CopyN(io.Discard, r.Body, 1<<20)
+		w.Header().Set("Content-Encoding", "gzip") // the mask would not see the credential in it
+		_, _ = io.WriteString(w, "early")
+		_ = http.NewResponseController(w).Flush()
+		_, _ = io.Copy(io.Discard, r.Body) // until it breaks off
+	}))
+	s.give("lease", egress.Injection{As: egress.Bearer})
+	for range 5 {
+		conn, err := s.dial("http/1.1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(conn, "POST / HTTP/1.1\r\nHost: web.example:%d\r\nContent-Length: 1099511627776\r\n\r\n", s.port)
+		if _, err := io.Copy(conn, zeros{}); err == nil {
+			t.Error("the upload goes on without an answer")
+		}
+		conn.Close()
+	}
+	s.await("of the answer", has(func(l egress.Line) bool { return l.Verdict == egress.Ended && l.Reason != "" }))
+}
