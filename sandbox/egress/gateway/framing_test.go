@@ -134,6 +134,7 @@ func TestOneFramingOfAnswers(t *testing.T) {
 		{"two lengths", "HTTP/1.1 200 OK\nContent-Length: 3\nContent-Length: 4\n\nbad!", "Content-Length is given twice"},
 		{"the same length twice", "HTTP/1.1 200 OK\nContent-Length: 3\nContent-Length: 3\n\nbad", "Content-Length is given twice"},
 		{"an unknown encoding", "HTTP/1.1 200 OK\nTransfer-Encoding: xchunked\n\n3\nbad\n0\n\n", "Transfer-Encoding is"},
+		{"an encoding in HTTP/1.0", "HTTP/1.0 200 OK\nTransfer-Encoding: chunked\n\n3\nbad\n0\n\n", "stands in HTTP/1.0"},
 		{"a folded field", "HTTP/1.1 200 OK\nX: a\n b\nContent-Length: 3\n\nbad", "folded"},
 		{"NUL", "HTTP/1.1 200 OK\nX: a\x00\nContent-Length: 3\n\nbad", "control character"},
 		{"no status", "HTTP/1.1 OK\nContent-Length: 3\n\nbad", "first line"},

@@ -108,7 +108,7 @@ func (how *framing) statusLine(text []byte) string {
 	if err != nil || len(code) != 3 || n < 100 || !bytes.HasPrefix(version, []byte("HTTP/1.")) {
 		return "its first line is not a version and a status"
 	}
-	how.status = n
+	how.status, how.old = n, string(version) == "HTTP/1.0"
 	return ""
 }
 
