@@ -12,7 +12,7 @@ import (
 // A framed is a connection of HTTP/1 whose framing is judged before net/http
 // parses it, which drops what it does not believe: a length beside chunks, say.
 // A head that can be read in two ways is not passed on: of it the reader gets the
-// first byte, so that it knows that something came, and then an error. Bodies
+// first bytes, so that it knows that something came, and then an error. Bodies
 // pass as they come.
 type framed struct {
 	net.Conn
@@ -26,6 +26,7 @@ type framed struct {
 	state part
 	left  int64 // of a body, or of a chunk
 	seen  int   // bytes of in that end no head
+	told  int   // bytes of a head in in that were handed out
 	err   error
 }
 
@@ -33,8 +34,8 @@ type framed struct {
 type part int
 
 const (
-	atBegin     part = iota // the first byte of a head
-	inHead                  // the rest of it
+	atBegin     part = iota // nothing of a head came
+	inHead                  // a head
 	inBody                  // a number of bytes
 	atSize                  // the line before a chunk
 	inChunk                 // its bytes
@@ -46,6 +47,10 @@ const (
 const (
 	// firstRead is what is read at once of a head.
 	firstRead = 4 << 10
+	// firstBytes of a head are handed out as they come: net/http waits for as many
+	// on an idle connection, and gives the head its own time then. No head that is
+	// passed on is as short.
+	firstBytes = 4
 	// sizeLine bounds the line before a chunk, as net/http does.
 	sizeLine = 4 << 10
 )
@@ -79,7 +84,7 @@ func (f *framed) CloseWrite() error {
 // be reading, as is so after a request without a body.
 func (f *framed) release() {
 	if f.state == inHead {
-		f.in = f.in[1:] // what was handed out of it already
+		f.in = f.in[f.told:]
 	}
 	f.state = unframed
 }
@@ -147,8 +152,8 @@ func (f *framed) fill() error {
 }
 
 // take hands the next n bytes out, but for those that were handed out already.
-func (f *framed) take(n, already int, next part) bool {
-	f.out, f.in, f.state, f.seen = f.in[already:n], f.in[n:], next, 0
+func (f *framed) take(n int, next part) bool {
+	f.out, f.in, f.state, f.seen, f.told = f.in[f.told:n], f.in[n:], next, 0, 0
 	return true
 }
 
@@ -171,10 +176,13 @@ func (f *framed) judge() bool {
 	}
 	switch f.state {
 	case atBegin:
-		// It stays in the buffer, as the first of the head.
-		f.out, f.state, f.seen = f.in[:1], inHead, 0
+		f.state = inHead
 		return true
 	case inHead:
+		if n := min(len(f.in), firstBytes); f.told < n {
+			f.out, f.told = f.in[f.told:n], n // they stay in the buffer
+			return true
+		}
 		return f.judgeHead()
 	case atSize:
 		return f.judgeSize()
@@ -234,7 +242,7 @@ func (f *framed) judgeHead() bool {
 	case how.length < 0 && f.answers:
 		next = unframed // to the end of the connection
 	}
-	return f.take(n, 1, next)
+	return f.take(n, next)
 }
 
 func (f *framed) judgeSize() bool {
@@ -252,9 +260,9 @@ func (f *framed) judgeSize() bool {
 		return f.refuse("a chunk has the size %q", printable(string(digits)))
 	}
 	if f.left = left; left == 0 {
-		return f.take(i+1, 0, inTrailer)
+		return f.take(i+1, inTrailer)
 	}
-	return f.take(i+1, 0, inChunk)
+	return f.take(i+1, inChunk)
 }
 
 // hexadecimal is the size of a chunk, of at most 2^60 bytes.
@@ -279,7 +287,7 @@ func (f *framed) judgeBehind() bool {
 	if f.in[0] != '\r' || f.in[1] != '\n' {
 		return f.refuse("a chunk is longer than its size")
 	}
-	return f.take(2, 0, atSize)
+	return f.take(2, atSize)
 }
 
 func (f *framed) judgeTrailer() bool {
@@ -287,7 +295,7 @@ func (f *framed) judgeTrailer() bool {
 		return false
 	}
 	if f.in[0] == '\r' && f.in[1] == '\n' {
-		return f.take(2, 0, atBegin)
+		return f.take(2, atBegin)
 	}
 	n, ok := f.ends()
 	if !ok {
@@ -311,5 +319,5 @@ func (f *framed) judgeTrailer() bool {
 	if how.lengths+how.encodings+how.hosts > 0 {
 		return f.refuse("its trailer frames it")
 	}
-	return f.take(n, 0, atBegin)
+	return f.take(n, atBegin)
 }

@@ -1,11 +1,13 @@
 package gateway_test
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"runtime"
@@ -386,6 +388,30 @@ func TestSlowClients(t *testing.T) {
 	b.await("idle line", has(func(l egress.Line) bool {
 		return l.Verdict == egress.Ended && strings.Contains(l.Reason, "no byte moved")
 	}))
+}
+
+// TestSlowHead: the header of a request has its time on a connection that had one
+// before, too, and not that of a connection that is idle.
+func TestSlowHead(t *testing.T) {
+	t.Parallel()
+	port := server(t, func(conn net.Conn) {
+		if r, err := http.ReadRequest(bufio.NewReader(conn)); err == nil {
+			ok(conn, r)
+		}
+		_, _ = io.Copy(io.Discard, conn)
+	})
+	b := newBox(t, gateway.Config{Hello: time.Second}, egress.Rule{Name: "http.example", Port: port, Protocol: egress.HTTP})
+	conn, err := b.connect("http.example", port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.WriteString(conn, "GET / HTTP/1.1\r\nHost: http.example\r\n\r\nGET /"); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(conn); !strings.HasPrefix(string(got), "HTTP/1.1 200") || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("got %q and %v, want an answer and an end", got, err)
+	}
+	conn.Close()
 }
 
 // TestOneWay: a long answer is not cut because the job says nothing meanwhile.
