@@ -81,7 +81,7 @@ func (d *depot) start(t *testing.T, dir string, realm int) bool {
 	d.port = l.Addr().(*net.TCPAddr).Port
 	agenttest.Must(t, l.Close())
 	agenttest.Must(t, os.WriteFile(filepath.Join(dir, "config.yml"), fmt.Appendf(nil, depotConfig, dir, d.port, realm), 0o600))
-	ended := background(t, "docker-registry", exec.Command("docker-registry", "serve", filepath.Join(dir, "config.yml")))
+	ended := background(t, "docker-registry (make engine installs it)", exec.Command("docker-registry", "serve", filepath.Join(dir, "config.yml")))
 	dead := false
 	agenttest.Eventually(t, bound, "docker-registry answers", func() bool {
 		select {
@@ -116,7 +116,7 @@ func background(t *testing.T, what string, cmd *exec.Cmd) (ended chan struct{}) 
 		}
 	}()
 	if err := <-started; err != nil {
-		t.Fatalf("%s: %v; make engine installs what is missing", what, err)
+		t.Fatalf("%s: %v", what, err)
 	}
 	t.Cleanup(func() {
 		_ = cmd.Process.Kill() // it may be gone
@@ -206,20 +206,27 @@ func (d *depot) sign(claims any) (string, error) {
 	return text + "." + base64.RawURLEncoding.EncodeToString(signature), nil
 }
 
-// passwords issues the password of a registry, which nothing ends.
-type passwords string
+// lasting is what issuers have in common that nobody can ask to end a credential.
+type lasting struct{}
+
+func (lasting) Revoke(context.Context, string, []byte) error { return creds.ErrNotRevocable }
+func (lasting) Probe(context.Context, string, []byte) (creds.Proof, error) {
+	return creds.Proof{}, creds.ErrNotRevocable
+}
+func (lasting) List(context.Context) ([]creds.Info, error) { return nil, nil }
+
+// passwords issues the password of a registry.
+type passwords struct {
+	lasting
+	password string
+}
 
 func (p passwords) Issue(_ context.Context, _ string, g creds.Grant) (creds.Lease, error) {
 	return creds.Lease{
-		Values: map[string]creds.Secret{"password": creds.NewSecret(string(p))}, Facts: map[string]string{"username": "robot"},
+		Values: map[string]creds.Secret{"password": creds.NewSecret(p.password)}, Facts: map[string]string{"username": "robot"},
 		ByName: true, ExpiresAt: g.Expires,
 	}, nil
 }
-func (passwords) Revoke(context.Context, string, []byte) error { return creds.ErrNotRevocable }
-func (passwords) Probe(context.Context, string, []byte) (creds.Proof, error) {
-	return creds.Proof{}, creds.ErrNotRevocable
-}
-func (passwords) List(context.Context) ([]creds.Info, error) { return nil, nil }
 
 const registryPolicy = `version: 1
 rules:
@@ -315,7 +322,7 @@ func TestImages(t *testing.T) {
 	at := fmt.Sprintf("https://auth.corp:%d/token", realm)
 	text := fmt.Sprintf(registryPolicy, d.port, indented(14, ca), port, at, "images.corp", "images.corp",
 		"              resolve: [127.0.0.1]\n              ca: |\n                "+indented(16, ca)+"\n")
-	a := newAgent(t, map[string]creds.Issuer{"images": passwords(d.password)}, text)
+	a := newAgent(t, map[string]creds.Issuer{"images": passwords{password: d.password}}, text)
 	host := fmt.Sprintf("images.corp:%d", d.port)
 	conclusion, log := a.run(ctx, t, fmt.Sprintf(imageSteps, port, host, at, "images.corp"))
 	if conclusion != providers.Success {

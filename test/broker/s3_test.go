@@ -12,9 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -66,31 +64,7 @@ func (m *minio) start(t *testing.T, programs, dir string) bool {
 	agenttest.Must(t, l.Close())
 	cmd := exec.Command(filepath.Join(programs, "minio"), "server", "--quiet", "--certs-dir", dir, "--address", fmt.Sprintf("127.0.0.1:%d", m.port), filepath.Join(dir, "data"))
 	cmd.Env = []string{"HOME=" + dir, "MINIO_ROOT_USER=" + m.root[0], "MINIO_ROOT_PASSWORD=" + m.root[1], "MINIO_BROWSER=off", "MINIO_UPDATE=off"}
-	log, err := os.Create(filepath.Join(dir, "log"))
-	agenttest.Must(t, err)
-	defer log.Close()
-	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	ended := make(chan struct{})
-	started := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // the death signal is bound to the thread
-		defer runtime.UnlockOSThread()
-		defer close(ended)
-		err := cmd.Start()
-		started <- err
-		if err == nil {
-			_ = cmd.Wait() // it is killed
-		}
-	}()
-	agenttest.Must(t, <-started)
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill() // it may be gone
-		<-ended
-		if text, _ := os.ReadFile(log.Name()); t.Failed() {
-			t.Logf("minio: %s", text)
-		}
-	})
+	ended := background(t, "minio", cmd)
 	dead := false
 	agenttest.Eventually(t, bound, "minio answers", func() bool {
 		select {
@@ -119,6 +93,7 @@ func (m *minio) session(ctx context.Context, bucket string) ([]string, error) {
 
 // keys issues keys of the store, which end by themselves.
 type keys struct {
+	lasting
 	*minio
 	last []string
 }
@@ -134,12 +109,6 @@ func (k *keys) Issue(ctx context.Context, _ string, g creds.Grant) (creds.Lease,
 		Facts:  map[string]string{"access_key_id": key[0]}, ByName: true, ExpiresAt: g.Expires,
 	}, nil
 }
-
-func (*keys) Revoke(context.Context, string, []byte) error { return creds.ErrNotRevocable }
-func (*keys) Probe(context.Context, string, []byte) (creds.Proof, error) {
-	return creds.Proof{}, creds.ErrNotRevocable
-}
-func (*keys) List(context.Context) ([]creds.Info, error) { return nil, nil }
 
 const s3Policy = `version: 1
 rules:
