@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/runner/internal/seal"
@@ -40,6 +41,11 @@ func (s *State) Rotate() error {
 		return fmt.Errorf("state: %w", err)
 	}
 	*s.key = *key // the journal's too
+	return s.reseal()
+}
+
+// reseal seals the journal and the safes with the newest key.
+func (s *State) reseal() error {
 	if err := s.journal.Reseal(); err != nil {
 		return fmt.Errorf("state: %w", err)
 	}
@@ -48,6 +54,9 @@ func (s *State) Rotate() error {
 		return fmt.Errorf("state: %w", err)
 	}
 	for _, e := range safes {
+		if strings.HasSuffix(e.Name(), unfinished) {
+			continue // a crash left it
+		}
 		safe := s.Safe(e.Name())
 		b, err := safe.Load()
 		if err == nil {
@@ -61,11 +70,15 @@ func (s *State) Rotate() error {
 	return nil
 }
 
-// Forget removes every sealing key but the one that seals. What another sealed,
-// and was not sealed again, is lost.
+// Forget removes every sealing key but the one that seals. A rotation may have been
+// killed in between, so the journal and the safes are sealed with that one first.
+// What another sealed elsewhere, and was not sealed again, is lost.
 func (s *State) Forget() error {
 	if s.lock == nil {
 		return errPeeked
+	}
+	if err := s.reseal(); err != nil {
+		return err
 	}
 	path := filepath.Join(s.Dir, sealFile)
 	if _, given := s.Keys(); given {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -88,6 +89,47 @@ func TestRotate(t *testing.T) {
 	}
 	if opens(t, dir, again) {
 		t.Error("the old key opens what was sealed again")
+	}
+}
+
+// TestForgetAfterACrash: a rotation that was killed when it had a new key, and had
+// sealed nothing with it, costs nothing, nor does a safe that was half written.
+func TestForgetAfterACrash(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s, text := keptState(t, dir)
+	half := filepath.Join(dir, "safe", "new-ci.new")
+	if err := errors.Join(seal.Rotate(filepath.Join(dir, sealFile)), os.WriteFile(half, []byte("ha"), 0o600), s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	s, err := OpenState(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, _, err := s.Reseal("pg", creds.NewSecret(text))
+	if err := errors.Join(err, s.Forget(), s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if n, _ := s.Keys(); n != 2 {
+		t.Errorf("%d keys, want the two that there were", n)
+	}
+	if !opens(t, dir, again) {
+		t.Error("what was not sealed again before is lost")
+	}
+	// What no key opens is not forgotten silently.
+	s, err = OpenState(dir)
+	if err == nil {
+		err = errors.Join(seal.Rotate(filepath.Join(dir, sealFile)), os.WriteFile(filepath.Join(dir, "safe", "ci"), []byte("junk"), 0o600))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = s.Close() }()
+	if err := s.Forget(); err == nil || !strings.Contains(err.Error(), "remove the file") {
+		t.Errorf("with a safe that no key opens: %v", err)
+	}
+	if b, err := os.ReadFile(filepath.Join(dir, sealFile)); err != nil || len(b) != 64 {
+		t.Errorf("%d bytes of keys are left (%v), want both", len(b), err)
 	}
 }
 

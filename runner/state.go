@@ -148,8 +148,11 @@ func writeFile(path string, v any) error {
 	return replace(path, append(b, '\n'))
 }
 
+// unfinished ends the name of a file that is being written.
+const unfinished = ".new"
+
 func replace(path string, b []byte) error {
-	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	f, err := os.OpenFile(path+unfinished, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
@@ -157,7 +160,7 @@ func replace(path string, b []byte) error {
 	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	return os.Rename(path+".new", path)
+	return os.Rename(path+unfinished, path)
 }
 
 // newID returns 80 random bits as 16 characters of [a-z2-7]: unique for ever,
