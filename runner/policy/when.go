@@ -91,7 +91,8 @@ func (c *conditions) prepare() (err error) {
 	registry, err := types.NewRegistry()
 	if err == nil {
 		c.env, err = cel.NewEnv(cel.CustomTypeAdapter(registry), cel.CustomTypeProvider(factTypes{registry}),
-			cel.Variable("job", factType()), cel.ParserRecursionLimit(maxNesting), cel.ParserExpressionSizeLimit(maxWhen))
+			cel.Variable("job", factType()), cel.ASTValidators(cel.ValidateRegexLiterals(), cel.ValidateDurationLiterals(), cel.ValidateTimestampLiterals()),
+			cel.ParserRecursionLimit(maxNesting), cel.ParserExpressionSizeLimit(maxWhen))
 	}
 	return err
 }

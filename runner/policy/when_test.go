@@ -69,6 +69,17 @@ func TestWhenRefuses(t *testing.T) {
 			t.Errorf("%s: got %v, want %q with its place", text, err, want)
 		}
 	}
+	// What is wrong whatever the job is, is wrong before there is one.
+	for text, want := range map[string]string{
+		`job.ref.matches("^(")`:                        "invalid matches argument (character ",
+		`job.event == "push" || job.ref.matches("*")`:  "invalid matches argument (character ",
+		`duration("soon") > duration("1s")`:            "invalid duration argument (character ",
+		`timestamp("today") > timestamp("2026-11-24")`: "invalid timestamp argument (character ",
+	} {
+		if _, err := compileWhen(t, text); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: got %v, want %q", text, err, want)
+		}
+	}
 	for _, deep := range []string{strings.Repeat("(", 900) + "true" + strings.Repeat(")", 900)} {
 		if c, err := compileWhen(t, deep); err == nil {
 			t.Errorf("%s…: compiled: %v", deep[:10], c)
