@@ -59,7 +59,8 @@ type Config struct {
 	// Subject is the form of "sub", with names of claims in braces. It must
 	// have {job_id}, so that no two jobs are the same to a provider. What stands in
 	// brackets is left out for a job that lacks one of the claims in it; else such a
-	// job gets no token: "" must not match what begins as it.
+	// job gets no token: "" must not match what begins as it. What pushers name is
+	// divided from other claims by colons, which are escaped in values.
 	Subject string
 	// Owner is the installation's id.
 	Owner string
@@ -89,6 +90,7 @@ func (c Config) Validate() error {
 	wrong(c.Rotate != 0 && c.Rotate < overlap, "rotate %v: want %v at least", c.Rotate, overlap)
 	_, err = fill(c.subject(), map[string]any{}, true)
 	wrong(err != nil, "subject: %w", err)
+	wrong(err == nil && joined(c.subject()) != "", "subject %q: want a colon before {%s}: only colons are escaped in values, and a branch must not be named so that it reads as more", c.subject(), joined(c.subject()))
 	bare, _ := fill(c.subject(), map[string]any{"job_id": "ID"}, true)
 	wrong(err == nil && !strings.Contains(bare, "ID"), "subject %q: want {job_id} in it; else all jobs of it are one to a provider", c.subject())
 	wrong(c.Owner == "", "owner: missing; it is the installation's id")
@@ -246,6 +248,31 @@ func fill(form string, claims map[string]any, check bool) (string, error) {
 		return "", errors.New(`a job must not begin with "installation:", as the agent itself does`)
 	}
 	return b.String(), nil
+}
+
+// joined is the first claim of a form that no colon of its part divides from the
+// one before it, though people who push name one of the two; "" if there is none.
+func joined(form string) string {
+	last := ""
+	for part := range strings.FieldsFuncSeq(form, func(r rune) bool { return r == '[' || r == ']' }) {
+		for {
+			before, rest, found := strings.Cut(part, "{")
+			if !found {
+				break
+			}
+			name, after, _ := strings.Cut(rest, "}")
+			if last != "" && !strings.Contains(before, ":") && (chosen(last) || chosen(name)) {
+				return name
+			}
+			last, part = name, after
+		}
+	}
+	return ""
+}
+
+// chosen says whether the value of a claim is what somebody who pushes calls it.
+func chosen(claim string) bool {
+	return slices.Contains([]string{"ref", "head_ref", "base_ref", "workflow", "workflow_ref", "event", "environment", "actor", "job", "step"}, claim)
 }
 
 // fillPart replaces {name} by the claim of that name, and says which is not known. A

@@ -335,6 +335,8 @@ func TestValidate(t *testing.T) {
 		"come in pairs":       func(c *oidc.Config) { c.Subject = "{job_id}[:{ref}" },
 		"not in one another":  func(c *oidc.Config) { c.Subject = "{job_id}[:[{ref}]]" },
 		"want {job_id} in it": func(c *oidc.Config) { c.Subject = "{repository}[{job_id}:{ref}]" },
+		"colon before {ref}":  func(c *oidc.Config) { c.Subject = "{repository}@{ref}:{job_id}" },
+		"before {job_id}":     func(c *oidc.Config) { c.Subject = "{repository}[:ref:{ref}:]{job_id}" },
 		"} without {":         func(c *oidc.Config) { c.Subject = "{job_id}}" },
 	} {
 		c := oidc.Config{URL: issuer, Owner: "inst-1", Store: &store{}}
