@@ -53,11 +53,13 @@ func LoadFrom(from Sources) (*Key, error) {
 	if from.Credentials != "" {
 		path := filepath.Join(from.Credentials, Credential)
 		raw, err := os.ReadFile(path)
-		if err == nil {
+		switch {
+		case err == nil:
 			k.given = true
-			err = k.add(path, raw)
-		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			if err := k.add(path, raw); err != nil {
+				return nil, err
+			}
+		case !errors.Is(err, fs.ErrNotExist):
 			return nil, fmt.Errorf("seal key: %w", err)
 		}
 	}
@@ -143,16 +145,27 @@ func Forget(path string) error {
 	return replace(path, raw[:keyBytes])
 }
 
-// replace changes the file so that a crash leaves the old one or the new.
+// replace changes the file so that a crash leaves the old one or the new. The new
+// one is on disk when it returns: others are sealed with it then, maybe on other
+// disks.
 func replace(path string, raw []byte) error {
-	f, err := write(filepath.Dir(path), raw)
+	dir := filepath.Dir(path)
+	f, err := write(dir, raw)
 	if err != nil {
-		return err
+		return fmt.Errorf("seal key: %w", err)
 	}
 	if err := os.Rename(f, path); err != nil {
-		return errors.Join(err, os.Remove(f))
+		return errors.Join(fmt.Errorf("seal key: %w", err), os.Remove(f))
 	}
-	return nil
+	return syncDir(dir)
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return fmt.Errorf("seal key: %w", err)
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 // write makes a file of the directory with the content, on disk.
@@ -179,7 +192,10 @@ func create(path string) ([]byte, error) {
 		return nil, err
 	}
 	defer func() { _ = os.Remove(f) }()
-	return raw, os.Link(f, path)
+	if err := os.Link(f, path); err != nil {
+		return nil, err
+	}
+	return raw, syncDir(filepath.Dir(path))
 }
 
 // Seal encrypts b for name. Nil stays nil, and without a key (see Sources.Look)
