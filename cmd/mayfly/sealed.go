@@ -84,17 +84,25 @@ func readInput() (creds.Secret, error) {
 	return creds.NewSecret(text), nil
 }
 
-// writeSealed replaces a file that an agent may be reading.
+// writeSealed replaces a file that an agent may be reading. It is on disk when it
+// returns: keys that opened the one before may be removed then.
 func writeSealed(path, text string) error {
 	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // mode 0600
 	if err != nil {
-		return err
+		return fmt.Errorf("%s: %w", path, err)
 	}
 	_, err = f.WriteString(text)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return errors.Join(err, os.Remove(f.Name()))
+	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
+		err = os.Rename(f.Name(), path)
 	}
-	return os.Rename(f.Name(), path)
+	if err != nil {
+		return fmt.Errorf("%s: %w", path, errors.Join(err, os.Remove(f.Name())))
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return errors.Join(dir.Sync(), dir.Close())
 }
 
 // sealed reads a secret of an issuer each time that it is asked, opened if it is
