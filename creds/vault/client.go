@@ -99,5 +99,14 @@ func complaint(c call, status int, a answer, parsed error) error {
 	if parsed != nil || a.Errors == nil {
 		return fmt.Errorf("answer %d is not of Vault's API", status)
 	}
-	return &refusal{status, web.Words(strings.Join(slices.Compact(a.Errors), "; "), c.token)}
+	return &refusal{status, web.Words(strings.Join(slices.Compact(a.Errors), "; "), c.secrets()...)}
+}
+
+// secrets are what a server must not repeat to us: identities and tokens.
+func (c call) secrets() []string {
+	all := []string{c.token}
+	if body, ok := c.body.(map[string]string); ok {
+		all = append(all, body["jwt"], body["token"])
+	}
+	return all
 }

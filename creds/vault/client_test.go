@@ -2,11 +2,15 @@ package vault_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/creds/vault"
@@ -108,6 +112,43 @@ func TestValidate(t *testing.T) {
 		c.Role, c.Owner, c.Sign = "job", "o", signNothing
 		if err := c.Validate(); err != nil {
 			t.Errorf("%s: %v", c.Address, err)
+		}
+	}
+}
+
+// TestWordsWithoutSecrets: a server that repeats what it was sent puts neither an
+// identity nor a token into our errors and proofs.
+func TestWordsWithoutSecrets(t *testing.T) {
+	t.Parallel()
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var body map[string]string
+		if err := json.NewDecoder(r.Body).Decode(&body); err != nil && !errors.Is(err, io.EOF) {
+			t.Error(err)
+		}
+		w.WriteHeader(http.StatusForbidden)
+		said := strings.Join([]string{body["jwt"], body["token"], r.Header.Get("X-Vault-Token")}, " ")
+		if err := json.NewEncoder(w).Encode(map[string][]string{"errors": {"no such thing: " + said}}); err != nil {
+			t.Error(err)
+		}
+	}))
+	defer server.Close()
+	sign := func(context.Context, creds.Subject, string) (vault.Identity, error) {
+		return vault.Identity{Token: creds.NewSecret("eyJ.identity")}, nil
+	}
+	i, err := vault.New(vault.Config{Address: server.URL, Role: "job", Owner: "o", Sign: sign})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer i.Close()
+	_, issued := i.Issue(t.Context(), "l", creds.Grant{Expires: time.Now().Add(time.Hour), Scope: []byte(`{"policies": ["a"], "token": true}`)})
+	p, probed := i.Probe(t.Context(), "l", []byte(`{"login": "hvs.login-token", "wrapping": "hvs.wrapping", "token": "hvs.job-token"}`))
+	said := fmt.Sprint(issued, p, probed)
+	if issued == nil || !strings.Contains(said, "no such thing") {
+		t.Errorf("got %s, want the server's words", said)
+	}
+	for _, secret := range []string{"eyJ.identity", "hvs."} {
+		if strings.Contains(said, secret) {
+			t.Errorf("%s is in %s", secret, said)
 		}
 	}
 }
