@@ -69,7 +69,7 @@ func NewClient(caFile string, out Out) (*http.Client, error) {
 func CheckURL(text string, insecure bool) error {
 	u, err := url.Parse(text)
 	switch {
-	case err != nil, u.Host == "", u.User != nil, u.RawQuery != "", u.Fragment != "", u.Scheme != "https" && u.Scheme != "http":
+	case err != nil, u.Hostname() == "", u.User != nil, strings.ContainsAny(text, "?#"), u.Scheme != "https" && u.Scheme != "http":
 		return fmt.Errorf("%q: want https://HOST[:PORT][/PATH]", text)
 	case u.Scheme == "http" && !insecure && !loopback(u.Hostname()):
 		return fmt.Errorf("%q: want https; tokens must not go in the clear (insecure: true lets them)", text)

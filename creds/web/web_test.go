@@ -16,6 +16,8 @@ func TestCheckURL(t *testing.T) {
 		"https://forge.example.com": true, "https://forge.example.com:8443/git": true, "http://127.0.0.1:3000": true, "http://[::1]:3000": true,
 		"http://forge.example.com": false, "": false, "forge.example.com": false, "https://u:p@forge.example.com": false,
 		"https://forge.example.com/?a=b": false, "https://forge.example.com/#f": false, "ftp://127.0.0.1": false,
+		// What is put behind these would be no path.
+		"https://forge.example.com?": false, "https://forge.example.com/#": false, "https://:8443": false,
 	} {
 		if err := web.CheckURL(text, false); (err == nil) != good {
 			t.Errorf("%q: got %v, good: %v", text, err, good)
