@@ -23,7 +23,7 @@ func runAudit(c *call) error {
 	if err != nil {
 		return err
 	}
-	if words := len(o.args); words == 0 || (words == 2) != (o.args[0] == "explain") {
+	if words := len(o.args); words == 0 || (words == 2) != (o.args[0] == "explain") || o.args[words-1] == "" {
 		return usageError("want: mayfly audit show | verify | explain CREDENTIAL|JOB")
 	}
 	cfg, err := configs.Load(o.config)

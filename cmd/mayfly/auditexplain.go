@@ -14,8 +14,9 @@ import (
 type explained struct {
 	Lease   string            `json:"lease"`
 	Job     string            `json:"job"`
-	Facts   map[string]string `json:"facts"`   // of job.admit: whose job, rule, policy
-	Request audit.Event       `json:"request"` // issuer, step, scope, delivery
+	Facts   map[string]string `json:"facts"`             // of job.admit: whose job, rule, policy
+	Require *audit.Event      `json:"require,omitempty"` // what had to be so before, and who approved
+	Request audit.Event       `json:"request"`           // issuer, step, scope, delivery; none if it was not met
 	Issued  *audit.Event      `json:"issued,omitempty"`
 	Asked   []audit.Event     `json:"asked,omitempty"`   // what the job asked for under it
 	Uses    []audit.Event     `json:"uses,omitempty"`    // lines of the ledger with it
@@ -69,8 +70,14 @@ func (c *call) explainAudit(o *options, dir, expect, name string) error {
 		switch {
 		case e.Action == "job.admit":
 			facts = e.Detail
-		case e.Action == "lease.request" && (e.Object == name || name == job):
-			all = append(all, &explained{Lease: e.Object, Job: job, Facts: facts, Request: e})
+		case (e.Action == "lease.request" || e.Action == "lease.require") && (e.Object == name || name == job):
+			if x.Lease == "" {
+				x = &explained{Lease: e.Object, Job: job, Facts: facts}
+				all = append(all, x)
+			}
+			if x.Request = e; e.Action == "lease.require" {
+				x.Require, x.Request = &e, audit.Event{}
+			}
 		case e.Action == "lease.issue":
 			x.Issued = &e
 		case e.Action == "lease.ask":
@@ -115,6 +122,11 @@ func (x *explained) text() string {
 	for _, key := range []string{"provider", "repository", "ref", "sha", "workflow", "event", "actor", "trust", "policy"} {
 		line(key, x.Facts[key])
 	}
+	x.required(line, at)
+	if x.Request.Action == "" {
+		line("issued", "it was not asked for")
+		return b.String()
+	}
 	d := x.Request.Detail
 	step := d["step"]
 	if step == "" {
@@ -156,6 +168,19 @@ func (x *explained) text() string {
 	}
 	x.ends(line, at)
 	return b.String()
+}
+
+// required is what had to be so before the lease was asked for, and whether it was.
+func (x *explained) required(line func(key, value string), at func(audit.Event) string) {
+	if x.Require == nil {
+		return
+	}
+	line("required", at(*x.Require)+" "+x.Require.Result)
+	for _, key := range []string{"rule", "issuer", "step", "requires", "approval", "approval_digest", "approved_by", "artifact", "artifact_digest"} {
+		if v := x.Require.Detail[key]; v != "" {
+			line("", key+" "+v)
+		}
+	}
 }
 
 // ended reports that the lease was seen dead, or that nobody can see it.

@@ -49,6 +49,43 @@ func TestExplainStuck(t *testing.T) {
 	}
 }
 
+// TestExplainRequired: who approved a lease is said, and why one was never asked for.
+func TestExplainRequired(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	f, err := audit.OpenFile(dir, audit.FileOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range []audit.Event{
+		{Action: "lease.require", Object: "mf-a-l-given", Result: "ok", Detail: map[string]string{"approved_by": "alice", "approval_digest": "sha256:1"}},
+		{Action: "lease.request", Object: "mf-a-l-given", Detail: map[string]string{"issuer": "registry"}},
+		{Action: "lease.revoke", Object: "mf-a-l-given", Result: "ok"},
+		{Action: "lease.require", Object: "mf-a-l-held", Result: "no approval", Detail: map[string]string{"step": "publish"}},
+	} {
+		e.Job, e.Time = "mf-a", time.Now()
+		if err := f.Append(t.Context(), e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, want := range map[string][]string{
+		"mf-a-l-given": {"approved_by alice", "sha256:1", "issuer     registry", "revoked"},
+		"mf-a-l-held":  {"no approval", "step publish", "it was not asked for"},
+		"mf-a":         {"approved_by alice", "it was not asked for"},
+	} {
+		var out bytes.Buffer
+		c := &call{stdout: &out, stderr: &out}
+		if err := c.explainAudit(&options{output: "text"}, dir, "", name); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		for _, text := range want {
+			if strings.Count(out.String(), text) != 1 {
+				t.Errorf("%s: want %q once in it: %s", name, text, &out)
+			}
+		}
+	}
+}
+
 // TestUseName: uses are those of the lease that was in use, renewed or not.
 func TestUseName(t *testing.T) {
 	t.Parallel()
