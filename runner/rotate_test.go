@@ -188,3 +188,50 @@ func TestKeyOfSystemd(t *testing.T) {
 		t.Error("a key was made beside that of the service manager")
 	}
 }
+
+// TestNoOtherKeyThanSystemds: who has not the key of the last life makes none, and
+// recovers nothing without it: handles would be given up.
+func TestNoOtherKeyThanSystemds(t *testing.T) {
+	dir, given := t.TempDir(), t.TempDir()
+	if err := os.WriteFile(filepath.Join(given, seal.Credential), bytes.Repeat([]byte{7}, 32), 0o400); err != nil {
+		t.Fatal(err)
+	}
+	open := func(credentials string) error {
+		t.Setenv("CREDENTIALS_DIRECTORY", credentials)
+		s, err := OpenState(dir)
+		if err != nil {
+			return err
+		}
+		return s.Close()
+	}
+	if err := open(given); err != nil {
+		t.Fatal(err)
+	}
+	refused := func(what string) {
+		if err := open(""); !errors.Is(err, ErrKeyElsewhere) || !strings.Contains(err.Error(), "systemd-run") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	refused("without a key")
+	path := filepath.Join(dir, sealFile)
+	if _, err := os.Stat(path); err == nil {
+		t.Error("a key was made")
+	}
+	if _, err := seal.Load(path); err != nil {
+		t.Fatal(err)
+	}
+	refused("with an older key")
+	s, err := PeekState(dir)
+	if err != nil || s.Generation != 1 {
+		t.Errorf("beside: generation %d, %v, want the one that was", s.Generation, err)
+	}
+	if err := open(given); err != nil {
+		t.Errorf("with the key again: %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "agent.json"), []byte(`{"version": 1, "installation": "a"}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := open(""); err != nil {
+		t.Errorf("after it was given up: %v", err)
+	}
+}

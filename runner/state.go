@@ -22,6 +22,11 @@ import (
 // ErrInUse reports that another agent holds the state directory.
 var ErrInUse = errors.New("state directory in use by another agent")
 
+// ErrKeyElsewhere reports that the service manager gave the key of the last life,
+// and gives none to this program. With another key it could open no handle, and
+// would give up what only a handle takes back.
+var ErrKeyElsewhere = errors.New("the service manager has the sealing key, and did not give it to this program")
+
 // State is what outlives an agent: its identity, its journal and its key.
 //
 //	agent.json   installation id and generation (how many lives it has had)
@@ -46,6 +51,7 @@ type identity struct {
 	Version    int    `json:"version"`
 	Owner      string `json:"installation"`
 	Generation int64  `json:"generation"`
+	GivenKey   bool   `json:"given_key,omitempty"` // by the service manager
 }
 
 const stateVersion = 1
@@ -122,15 +128,20 @@ func load(dir string, next bool) (*State, error) {
 	if id.Version > stateVersion || id.Owner == "" {
 		return nil, fmt.Errorf("state %s: version %d, installation %q: this agent knows version %d", path, id.Version, id.Owner, stateVersion)
 	}
+	key, err := loadKey(filepath.Join(dir, sealFile), !next || id.GivenKey)
+	if err != nil {
+		return nil, fmt.Errorf("state: %w", err)
+	}
 	if next {
+		if id.GivenKey && !key.Given() {
+			return nil, fmt.Errorf("state %s: %w: run it by \"systemd-run -p LoadCredential=%s:FILE\"; if that key is lost for good, remove \"given_key\" from the file: then leases are revoked by name only",
+				path, ErrKeyElsewhere, seal.Credential)
+		}
 		id.Generation++
+		id.GivenKey = key.Given()
 		if err := writeFile(path, id); err != nil {
 			return nil, fmt.Errorf("state: %w", err)
 		}
-	}
-	key, err := loadKey(filepath.Join(dir, sealFile), !next)
-	if err != nil {
-		return nil, fmt.Errorf("state: %w", err)
 	}
 	j, err := journal.Open(filepath.Join(dir, "jobs"), key, id.Generation)
 	if err != nil {

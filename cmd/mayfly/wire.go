@@ -63,11 +63,12 @@ func wirePeek(path string, stderr io.Writer) (*wiring, error) {
 	})
 }
 
-// wireBeside takes the state if it is free, and reads beside its owner if not.
+// wireBeside takes the state if it is free, and reads beside its owner, or without
+// the service manager's key, if not.
 func wireBeside(path string, stderr io.Writer) (*wiring, error) {
 	return wireWith(path, stderr, func(dir string) (*runner.State, error) {
 		state, err := runner.OpenState(dir)
-		if errors.Is(err, runner.ErrInUse) {
+		if errors.Is(err, runner.ErrInUse) || errors.Is(err, runner.ErrKeyElsewhere) {
 			return runner.PeekState(dir)
 		}
 		return state, err
