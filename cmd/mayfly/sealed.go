@@ -61,7 +61,11 @@ func runSeal(c *call) error {
 	if err := errors.Join(err, state.Close()); err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(c.stdout, "%s: sealed for issuer %s of this installation\n", o.args[1], o.args[0])
+	more := ""
+	if _, ok := cfg.Issuers[o.args[0]]; !ok { // it may follow, since the file has to be there first
+		more = ", of which " + o.config + " has none yet: no other can open it"
+	}
+	_, err = fmt.Fprintf(c.stdout, "%s: sealed for issuer %s of this installation%s\n", o.args[1], o.args[0], more)
 	return err
 }
 
