@@ -30,8 +30,8 @@ func leaseDebts(job string, l policy.Lease, turn int, deadline time.Time) []jour
 // which state the lease is stands in the journal (journal.State).
 func (a *Agent) revoke(ctx context.Context, log *journal.Log, d journal.Debt) error {
 	turn := func(next journal.State, why string) error {
-		if d.State == "" || d.State == next || d.State == journal.Stuck && !next.Ended() {
-			return nil // no journal has it, or it is so already
+		if d.State == "" || d.State == next || d.State.Ended() || d.State == journal.Stuck && !next.Ended() {
+			return nil // no journal has it, or it is so already, or nothing follows
 		}
 		err := log.Turn(d.Name, next, time.Time{}, why)
 		d.State = next

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -324,6 +325,34 @@ func TestRenewedInTime(t *testing.T) {
 		if len(i.all) != 2 {
 			t.Errorf("leases: %v", i.all)
 		}
+	})
+}
+
+// TestUnprovableAndDead: an agent that dies between the two lines that end a lease
+// which nobody can take back leaves nothing that the next one cannot end.
+func TestUnprovableAndDead(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.failWith(func(call, _ string) error {
+			if call == "revoke" {
+				return creds.ErrNotRevocable
+			}
+			return nil
+		})
+		a := w.agent(nil)
+		wal := `{"op":"begin","version":1,"generation":1,"debts":[{"kind":"claim","name":"mf-a","by":"ci"}]}
+{"op":"intend","debts":[{"kind":"lease","name":"mf-a-l-db","by":"pg"}]}
+{"op":"lease","name":"mf-a-l-db","state":"revoking"}
+{"op":"lease","name":"mf-a-l-db","state":"unprovable"}
+`
+		if err := os.WriteFile(filepath.Join(w.dir, "state", "jobs", "mf-a.wal"), []byte(wal), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := a.Recover(lifetime(t)); err != nil {
+			t.Error(err)
+		}
+		w.clean()
 	})
 }
 
