@@ -214,10 +214,10 @@ func (r *renewal) again(ctx context.Context, name string, stand map[string]strin
 		err = r.broker(ctx, r.Lease, &holding{Lease: lease, stand: stand}, r.turn)
 	}
 	if err == nil {
-		err = r.log.Turn(r.name, journal.Renewed, time.Time{}, "")
-	}
-	if err == nil {
 		err = r.audit(ctx, r.log.Job, "lease.renew", r.name, nil, "issuer", r.Issuer, "by", name)
+	}
+	if err == nil { // last: it is used on if anything failed, and no lease is renewed twice
+		err = r.log.Turn(r.name, journal.Renewed, time.Time{}, "")
 	}
 	return lease, err
 }

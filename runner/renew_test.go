@@ -328,6 +328,30 @@ func TestRenewedInTime(t *testing.T) {
 	})
 }
 
+// TestRenewalUnrecorded: a renewal that could not be written into the record is taken
+// back, and the next one is made all the same.
+func TestRenewalUnrecorded(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		lost := 0
+		w.failWith(func(call, _ string) error {
+			if call == "audit.lease.renew" && lost == 0 {
+				lost++
+				return errDown
+			}
+			return nil
+		})
+		time.AfterFunc(5*time.Minute, func() { close(w.cancel) })
+		text := strings.ReplaceAll(renewPolicy, "token", "password")
+		w.run(lifetime(t), withPolicy(t, text), providers.Step{Run: "block"})
+		if n := slices.DeleteFunc(w.actions("lease.renew"), func(a string) bool { return a != "lease.renew" }); lost != 1 || len(n) != 2 {
+			t.Errorf("%d renewals in five minutes, want two; log: %s", len(n), w.shown())
+		}
+		w.clean()
+	})
+}
+
 // TestUnprovableAndDead: an agent that dies between the two lines that end a lease
 // which nobody can take back leaves nothing that the next one cannot end.
 func TestUnprovableAndDead(t *testing.T) {
