@@ -224,9 +224,7 @@ func (s *steps) dropSecrets(ctx context.Context, step string) error {
 			continue
 		}
 		s.leases.drop(l.Name)
-		for _, file := range append(slices.Collect(maps.Keys(l.Files)), toolFiles(l)...) {
-			files["secrets/"+file] = ""
-		}
+		maps.Copy(files, emptied(l))
 	}
 	if len(files) == 0 {
 		return nil
@@ -234,6 +232,19 @@ func (s *steps) dropSecrets(ctx context.Context, step string) error {
 	ctx, cancel := s.detached(ctx)
 	defer cancel()
 	return s.put(ctx, files)
+}
+
+// emptied are the files that a lease and its tools have in the box, with nothing in
+// them.
+func emptied(l policy.Lease) map[string]string {
+	files := map[string]string{}
+	for file := range l.Files {
+		files["secrets/"+file] = ""
+	}
+	if l.Has(policy.DockerHelper) {
+		files["secrets/"+dockerFile(l)] = ""
+	}
+	return files
 }
 
 func refName(ref string) string {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -88,9 +89,7 @@ func (s *steps) strip(ctx context.Context, k *kept) error {
 		files[sh.file] = s.out.hide(script)
 	}
 	for _, l := range s.plan.Leases {
-		for file := range l.Files {
-			files["secrets/"+file] = ""
-		}
+		maps.Copy(files, emptied(l))
 	}
 	for _, kv := range s.environment(step) {
 		if s.out.hide(kv) == kv {

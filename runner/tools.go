@@ -150,14 +150,6 @@ func (h *holding) configure(l policy.Lease) error {
 // dockerFile is Docker's configuration, below secretsDir.
 func dockerFile(l policy.Lease) string { return "docker-" + l.Name + "/config.json" }
 
-// toolFiles are the files of a lease's tools.
-func toolFiles(l policy.Lease) []string {
-	if l.Has(policy.DockerHelper) {
-		return []string{dockerFile(l)}
-	}
-	return nil
-}
-
 // equip gives a step what the programs of a lease look for. Git's settings are
 // joined with those that the job has.
 func (h holding) equip(env map[string]string) {

@@ -8,10 +8,12 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 
 	"github.com/mayfly-ci/mayfly/creds"
 	"github.com/mayfly-ci/mayfly/providers"
 	"github.com/mayfly-ci/mayfly/runner"
+	"github.com/mayfly-ci/mayfly/sandbox"
 	"github.com/mayfly-ci/mayfly/sandbox/egress"
 )
 
@@ -99,6 +101,49 @@ func TestTools(t *testing.T) {
 		t.Errorf("without a token: got %d %s", answer.Code, answer.Body)
 	}
 	w.clean()
+}
+
+// caught is a runtime whose last box can be looked into.
+type caught struct {
+	worldRuntime
+	box sandbox.Sandbox
+}
+
+func (r *caught) Create(ctx context.Context, name string, s sandbox.Spec) (sandbox.Sandbox, error) {
+	box, err := r.worldRuntime.Create(ctx, name, s)
+	r.box = box
+	return box, err
+}
+
+// TestToolsOfAKeptBox: whoever looks into a box that is kept finds nothing of the
+// job's leases, also not in what was made for Docker's tools.
+func TestToolsOfAKeptBox(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		text := toolsPolicy[:strings.Index(toolsPolicy, "    leases:")] + `    keep-on-failure: 10m
+    leases:
+      - name: forge
+        issuer: pg
+        tools: [docker]
+        clear: [password]
+        broker: [{name: git.example, port: 8443, as: basic, value: password, user: username}]
+`
+		runtime := &caught{worldRuntime: worldRuntime{w.boxes, w}}
+		stop := w.serve(w.agent(func(c *runner.Config) {
+			withPolicy(t, text)(c)
+			c.Runtimes["native"] = runtime
+			c.Keep, c.Once = 1, false
+		}))
+		name, _ := w.failing()
+		w.kept("after the report", name)
+		b, err := runtime.box.Get(t.Context(), sandbox.Run+"/secrets/docker-forge/config.json", 1<<10)
+		if err != nil || len(b) > 0 {
+			t.Errorf("in the box is %q, %v; want an empty file", b, err)
+		}
+		stop()
+		w.clean()
+	})
 }
 
 // TestToolsCrowded: a box without a free port fails the job, and leaves nothing.
