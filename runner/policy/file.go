@@ -192,6 +192,8 @@ func (n ruleNode) checkPull() error {
 			return l.Self.At("requires").Errorf("lease %s is what the image is pulled with, before anything could be so: remove requires", l.Name)
 		case l.When != "":
 			return l.Self.At("when").Errorf("the image could not be pulled without lease %s: write the condition into the rule", l.Name)
+		case l.Uses > 0:
+			return l.Self.At("uses").Errorf("uses are counted at the gateway, and what lease %s pulls does not pass it: remove uses", l.Name)
 		case len(l.Env) > 0 || len(l.Files) > 0 || len(l.Broker)+len(l.Login)+len(l.Tools) > 0 || l.Step != "":
 			return l.Self.Errorf("lease %s is what the image is pulled with, and no step may see it: remove step, env, files, broker, login and tools", l.Name)
 		default:
