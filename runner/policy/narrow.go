@@ -46,6 +46,8 @@ type narrowWayNode struct {
 //     stay, for that name and step. Those that no entry is within go.
 //   - leases: names of leases of the plan. The others go, with their ways out, but
 //     for the one that the image is pulled with.
+//   - What the plan lacks because a condition is false (Unmet) can be named, and is not
+//     had.
 //   - timeout, limits: at most the plan's. A limit that the plan leaves to the
 //     runtime cannot be named.
 func (p Plan) Narrow(src []byte, file string) (Plan, error) {
@@ -94,7 +96,7 @@ func (n narrowNode) narrowEgress(p *Plan) error {
 			e.Rule.Name, e.Step = string(want.Name), orDefault(e.Step, string(want.Step))
 			kept = append(kept, e)
 		}
-		if len(covering) == 0 {
+		if len(covering) == 0 && !slices.ContainsFunc(p.Unmet, func(u Unmet) bool { return u.way != nil && want.within(*u.way) }) {
 			errs = append(errs, want.Self.Errorf("no rule of the agent's policy covers %s:%d here", want.Name, want.Port))
 		}
 	}
@@ -143,7 +145,8 @@ func (n narrowNode) narrowLeases(p *Plan) error {
 	}
 	var errs []error
 	for i, name := range *n.Leases {
-		if !slices.ContainsFunc(p.Leases, func(l Lease) bool { return l.Name == string(name) }) {
+		if !slices.ContainsFunc(p.Leases, func(l Lease) bool { return l.Name == string(name) }) &&
+			!slices.ContainsFunc(p.Unmet, func(u Unmet) bool { return u.lease == string(name) }) {
 			errs = append(errs, n.Self.Get("leases").Items()[i].Errorf("the agent's policy has no lease %s here", name))
 		}
 	}

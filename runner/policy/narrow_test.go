@@ -118,3 +118,35 @@ func TestNeverWiden(t *testing.T) {
 		}
 	}
 }
+
+// TestNarrowWhatIsLeftOut: a file may name what the policy grants on a condition that
+// is false for this job. The job runs, without it.
+func TestNarrowWhatIsLeftOut(t *testing.T) {
+	t.Parallel()
+	text := strings.NewReplacer("port: 5432,", `port: 5432, when: job.ref == "refs/heads/main",`, "name: api,", `name: api, when: job.ref == "refs/heads/main",`).Replace(wide)
+	p, err := policy.Parse([]byte(text), "policy.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for ref, want := range map[string]string{"refs/heads/main": "a.corp, db.corp migrate: db, api", "refs/heads/x": "a.corp: db"} {
+		job := providers.Job{Trust: providers.TrustBranch}
+		job.Subject.Ref = ref
+		plan, err := p.Decide(job)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := plan.Narrow([]byte("version: 1\nleases: [db, api]\negress: [{name: a.corp, port: 443}, {name: db.corp, port: 5432, step: migrate}]"), policy.NarrowFile)
+		var leases []string
+		for _, l := range got.Leases {
+			leases = append(leases, l.Name)
+		}
+		if has := ways(got) + ": " + strings.Join(leases, ", "); err != nil || has != want {
+			t.Errorf("%s: %q, %v; want %q", ref, has, err, want)
+		}
+		for _, more := range []string{"leases: [root]", "egress: [{name: db.corp, port: 5432}]", "egress: [{name: db.corp, port: 5433, step: migrate}]"} {
+			if _, err := plan.Narrow([]byte("version: 1\n"+more), policy.NarrowFile); !errors.Is(err, policy.ErrDenied) {
+				t.Errorf("%s: %s: %v, want a refusal", ref, more, err)
+			}
+		}
+	}
+}

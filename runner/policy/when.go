@@ -224,20 +224,24 @@ type Unmet struct {
 	What string `json:"what"` // "lease db, only in step deploy"
 	At   string `json:"at"`   // "policy.yaml:31"
 	When string `json:"when"`
+
+	way   *Egress // which of the two it is
+	lease string
 }
 
 // ask takes from the plan what it grants on conditions that are false.
 func (p *Plan) ask(j providers.Job) error {
 	var errs []error
-	unmet := func(c *condition, what string) bool {
+	unmet := func(c *condition, u Unmet) bool {
 		is, err := c.holds(j)
 		errs = append(errs, err)
 		if err == nil && !is {
-			p.Unmet = append(p.Unmet, Unmet{what, c.at, c.text})
+			u.At, u.When = c.at, c.text
+			p.Unmet = append(p.Unmet, u)
 		}
 		return !is
 	}
-	p.Egress = slices.DeleteFunc(p.Egress, func(e Egress) bool { return unmet(e.when, wayText(e)) })
-	p.Leases = slices.DeleteFunc(p.Leases, func(l Lease) bool { return unmet(l.when, leaseText(l)) })
+	p.Egress = slices.DeleteFunc(p.Egress, func(e Egress) bool { return unmet(e.when, Unmet{What: wayText(e), way: &e}) })
+	p.Leases = slices.DeleteFunc(p.Leases, func(l Lease) bool { return unmet(l.when, Unmet{What: leaseText(l), lease: l.Name}) })
 	return errors.Join(errs...)
 }
