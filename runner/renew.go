@@ -23,6 +23,10 @@ const (
 	// renewal: issuers round down, and no job needs its last seconds.
 	renewSlack = 10 * time.Second
 
+	// renewLeast is what a lease must have left to be of use: in less there is no
+	// time to ask for another.
+	renewLeast = time.Second
+
 	// turnsMax is how often a lease is renewed, so that its name stays short
 	// enough for every issuer (two digits of turned): in a job of six hours, each
 	// 17 seconds.
@@ -207,6 +211,9 @@ func (r *renewal) again(ctx context.Context, name string, stand map[string]strin
 		return creds.Lease{}, err
 	}
 	lease, err := r.mint(ctx, r.Lease, r.turn, r.name)
+	if err == nil && time.Until(lease.ExpiresAt) < renewLeast {
+		err = fmt.Errorf("%s ends at %s, too soon to be of use: are the clocks of agent and provider right?", name, stamp(lease.ExpiresAt))
+	}
 	if err == nil && slices.ContainsFunc(r.Broker, func(b policy.Broker) bool { return b.Certificate != "" }) {
 		err = r.giveBack(ctx, r.rule) // whole connections have a certificate: one at a time
 	}
@@ -228,7 +235,7 @@ func (r *renewal) later(ctx context.Context, err error) {
 	left := time.Until(r.now.ExpiresAt)
 	r.due = time.Now().Add(min(r.wait, left/4)) // more and more often towards its end
 	r.wait = backoff(r.wait)
-	if left < time.Second || r.turn >= turnsMax {
+	if left < renewLeast || r.turn >= turnsMax {
 		r.due = time.Time{}
 		r.out.notice(-1, fmt.Sprintf("lease %s ends at %s and could not be renewed: %v", r.Lease.Name, stamp(r.now.ExpiresAt), err))
 	}

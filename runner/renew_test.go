@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -377,6 +378,20 @@ func TestUnprovableAndDead(t *testing.T) {
 			t.Error(err)
 		}
 		w.clean()
+	})
+}
+
+// TestRenewedForNothing: a lease that is over when it comes is no renewal, and not
+// asked for without end.
+func TestRenewedForNothing(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var calls atomic.Int64
+		i := &ticking{down: func() bool { n := calls.Add(1); return n > 100 && n < 150 }}
+		w, _ := renewing(t, i, strings.Replace(renewPolicy, "ttl: 3m", "ttl: 1s", 1), func(time.Duration, *used) {})
+		if len(i.all) != 2 || !strings.Contains(w.shown(), "could not be renewed: ") || !strings.Contains(w.shown(), "too soon") {
+			t.Errorf("%d leases; log: %.500s", len(i.all), w.shown())
+		}
 	})
 }
 
