@@ -152,6 +152,10 @@ func (r *renewal) plan(asked time.Time) {
 	if !r.now.ExpiresAt.Before(r.deadline.Add(-renewSlack)) {
 		return
 	}
+	if r.turn >= turnsMax {
+		r.out.notice(-1, fmt.Sprintf("lease %s ends at %s, before the job must, and is not renewed again: it was %d times", r.Lease.Name, stamp(r.now.ExpiresAt), r.turn))
+		return
+	}
 	life := r.now.ExpiresAt.Sub(asked)
 	r.due = asked.Add(life * 2 / 3)
 	i, ok := r.cfg.Issuers[r.Issuer].(creds.Minimum)
