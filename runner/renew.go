@@ -211,6 +211,11 @@ func (r *renewal) renew(ctx context.Context) {
 
 // again mints under the next name, and has the gateway use it.
 func (r *renewal) again(ctx context.Context, name string, stand map[string]string) (creds.Lease, error) {
+	if r.Requires != nil && r.Requires.Approval != "" {
+		if _, _, err := r.approved(r.Requires); err != nil {
+			return creds.Lease{}, err
+		}
+	}
 	if err := r.log.Intend(leaseDebts(r.log.Job, r.Lease, r.turn, r.deadline)...); err != nil {
 		return creds.Lease{}, err
 	}

@@ -395,6 +395,33 @@ func TestRenewedForNothing(t *testing.T) {
 	})
 }
 
+// TestRenewedWhileApproved: an approval that is over, or taken back, is none for the
+// next lease either.
+func TestRenewedWhileApproved(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	file := filepath.Join(dir, "approval.yaml")
+	synctest.Test(t, func(t *testing.T) {
+		if err := os.WriteFile(file, []byte("version: 1\nrepository: acme/app\nsha: "+commit+"\nby: alice\nuntil: "+time.Now().Add(5*time.Minute).Format(time.RFC3339)+"\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		w := newWorld(t)
+		time.AfterFunc(12*time.Minute, func() { close(w.cancel) })
+		text := strings.ReplaceAll(renewPolicy, "token", "password") + "        requires: {approval: " + file + "}\n"
+		j := job(providers.Step{Run: "block"})
+		j.Subject.SHA = commit
+		w.offers <- j
+		ctx := lifetime(t)
+		if err := w.agent(withPolicy(t, text)).Run(ctx, ctx); err != nil {
+			t.Error(err)
+		}
+		if n := len(w.actions("lease.issue")); n != 3 || !strings.Contains(w.shown(), "could not be renewed: approval "+file+": it was good until") {
+			t.Errorf("%d leases, want the first and those of two and four minutes; log: %s", n, w.shown())
+		}
+		w.clean()
+	})
+}
+
 // TestRenewedAndStuck: a lease that was renewed and cannot be taken back is stuck
 // in the journal, which says why, and the job goes on.
 func TestRenewedAndStuck(t *testing.T) {

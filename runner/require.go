@@ -64,20 +64,8 @@ func (s *steps) met(ctx context.Context, l policy.Lease) (facts []string, err er
 	if r.Approval == "" {
 		return nil, err
 	}
-	src, rerr := readApproval(r.Approval)
-	if rerr != nil {
-		return nil, errors.Join(err, fmt.Errorf("approval %s: %w", r.Approval, rerr))
-	}
-	digest := fmt.Sprintf("sha256:%x", sha256.Sum256(src))
-	a, aerr := policy.ParseApproval(src, r.Approval)
-	if aerr == nil {
-		aerr = a.Covers(s.job, time.Now())
-	}
-	facts = []string{"approval", r.Approval, "approval_digest", digest, "approved_by", a.By}
-	if aerr != nil {
-		return facts, errors.Join(err, fmt.Errorf("approval %s: %w", r.Approval, aerr))
-	}
-	if r.Artifact == "" {
+	a, facts, aerr := s.approved(r)
+	if err = errors.Join(err, aerr); aerr != nil || r.Artifact == "" {
 		return facts, err
 	}
 	content, gerr := s.box.Get(ctx, below(r.Artifact), maxArtifact)
@@ -85,11 +73,28 @@ func (s *steps) met(ctx context.Context, l policy.Lease) (facts []string, err er
 		return facts, errors.Join(err, fmt.Errorf("artifact %s: %w; it must be a file of the workspace, no link, of at most %d MiB: of more, let a list of digests be approved",
 			r.Artifact, gerr, maxArtifact>>20))
 	}
-	digest = fmt.Sprintf("sha256:%x", sha256.Sum256(content))
+	digest := fmt.Sprintf("sha256:%x", sha256.Sum256(content))
 	if !slices.Contains(a.Artifacts, digest) {
 		err = errors.Join(err, fmt.Errorf("artifact %s is %s, which approval %s does not name", r.Artifact, digest, r.Approval))
 	}
 	return append(facts, "artifact", r.Artifact, "artifact_digest", digest), err
+}
+
+// approved is the approval that is required, as it is now, and what the record should
+// have of it.
+func (s *steps) approved(r *policy.Requires) (a policy.Approval, facts []string, err error) {
+	src, err := readApproval(r.Approval)
+	if err == nil {
+		a, err = policy.ParseApproval(src, r.Approval)
+		facts = []string{"approval", r.Approval, "approval_digest", fmt.Sprintf("sha256:%x", sha256.Sum256(src)), "approved_by", a.By}
+	}
+	if err == nil {
+		err = a.Covers(s.job, time.Now())
+	}
+	if err != nil {
+		err = fmt.Errorf("approval %s: %w", r.Approval, err)
+	}
+	return a, facts, err
 }
 
 // passed says which steps before that of the lease did not pass.
