@@ -54,9 +54,12 @@ func collections() uint64 {
 }
 
 // unmapProgram lets the kernel forget which pages of our own file, those that
-// cannot be written to, are mapped (madvise(2), MADV_DONTNEED).
+// cannot be written to, are mapped (madvise(2), MADV_DONTNEED). A part that was
+// written before it was closed to that has pages of its own, which are nowhere
+// else: a loader leaves such tables of addresses (RELRO) in a program that is not
+// static, and it ends without them.
 func unmapProgram() error {
-	maps, err := os.ReadFile("/proc/self/maps")
+	maps, err := os.ReadFile("/proc/self/smaps")
 	if err != nil {
 		return err
 	}
@@ -64,17 +67,22 @@ func unmapProgram() error {
 	if err != nil {
 		return err
 	}
+	var from, to uintptr
+	ours := false // the part that the lines are about, and not written to
 	for line := range bytes.Lines(maps) {
-		var from, to uintptr
+		var first, last uintptr
 		var mode string
 		text := string(line)
-		if n, err := fmt.Sscanf(text, "%x-%x %s", &from, &to, &mode); n != 3 || err != nil {
+		if n, err := fmt.Sscanf(text, "%x-%x %s", &first, &last, &mode); n == 3 && err == nil {
+			from, to = first, last
+			ours = strings.HasPrefix(mode, "r") && !strings.Contains(mode, "w") && strings.HasSuffix(text, " "+self+"\n")
 			continue
 		}
-		if strings.HasPrefix(mode, "r") && !strings.Contains(mode, "w") && strings.HasSuffix(text, " "+self+"\n") {
-			if _, _, errno := unix.Syscall(unix.SYS_MADVISE, from, to-from, unix.MADV_DONTNEED); errno != 0 {
-				return fmt.Errorf("madvise: %w", errno)
-			}
+		if own, found := strings.CutPrefix(text, "Anonymous:"); !ours || !found || strings.TrimSpace(own) != "0 kB" {
+			continue
+		}
+		if _, _, errno := unix.Syscall(unix.SYS_MADVISE, from, to-from, unix.MADV_DONTNEED); errno != 0 {
+			return fmt.Errorf("madvise: %w", errno)
 		}
 	}
 	return nil

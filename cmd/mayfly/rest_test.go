@@ -2,11 +2,14 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"os"
 	"runtime"
 	"strconv"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/mayfly-ci/mayfly/runner"
 )
@@ -64,5 +67,28 @@ func TestAnIdleAgentGivesItsMemoryBack(t *testing.T) {
 	cycles := r.cycles
 	if err := r.look(runner.Status{}); err != nil || r.cycles != cycles && collections() == cycles {
 		t.Errorf("rested again: %v", err)
+	}
+}
+
+// TestUnmapKeepsWhatWasWritten: of the program's own file, what was written and
+// then closed to that is as it was.
+func TestUnmapKeepsWhatWasWritten(t *testing.T) {
+	t.Parallel()
+	f, err := os.Open("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }()
+	b, err := unix.Mmap(int(f.Fd()), 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Munmap(b) }()
+	b[0] = 'x' // ELF begins with 0x7f
+	if err := errors.Join(unix.Mprotect(b, unix.PROT_READ), unmapProgram()); err != nil {
+		t.Fatal(err)
+	}
+	if b[0] != 'x' {
+		t.Errorf("got %#x, want what was written", b[0])
 	}
 }
