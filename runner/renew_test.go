@@ -312,21 +312,40 @@ func TestNotRenewed(t *testing.T) {
 }
 
 // TestRenewedInTime: where a provider gives nothing short, the renewal is early
-// enough to be given.
+// enough to be given, and no earlier than it must be.
 func TestRenewedInTime(t *testing.T) {
 	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		i := &ticking{min: 10 * time.Minute, down: func() bool { return false }}
-		text := strings.Replace(renewPolicy, "ttl: 3m", "ttl: 14m30s", 1) // two thirds are 9m40s
-		renewing(t, i, text, func(at time.Duration, g *used) {
-			if in, _ := g.now(); !i.good(in.Value.Reveal()) {
-				t.Errorf("no good lease after %v", at)
-			}
+	for ttl, at := range map[string]time.Duration{
+		"14m30s": 9*time.Minute + 40*time.Second, // two thirds
+		"18m":    9*time.Minute + 50*time.Second, // two thirds are 12m, and then no 10m are left
+	} {
+		t.Run(ttl, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				i := &ticking{min: 10 * time.Minute, down: func() bool { return false }}
+				first, renewed := "", time.Duration(0)
+				w, _ := renewing(t, i, strings.Replace(renewPolicy, "ttl: 3m", "ttl: "+ttl, 1), func(at time.Duration, g *used) {
+					in, _ := g.now()
+					token := in.Value.Reveal()
+					if !i.good(token) {
+						t.Errorf("no good lease after %v", at)
+					}
+					if first == "" {
+						first = token
+					}
+					if renewed == 0 && token != first {
+						renewed = at
+					}
+				})
+				if len(i.all) != 2 || renewed < at || renewed > at+2*time.Second {
+					t.Errorf("leases: %v, renewed after %v, want that after %v", i.all, renewed, at)
+				}
+				if strings.Contains(w.shown(), "could not be renewed") {
+					t.Errorf("log: %s", w.shown())
+				}
+			})
 		})
-		if len(i.all) != 2 {
-			t.Errorf("leases: %v", i.all)
-		}
-	})
+	}
 }
 
 // TestRenewalUnrecorded: a renewal that could not be written into the record is taken
