@@ -3,6 +3,8 @@ package runner
 import (
 	"bytes"
 	"errors"
+	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -133,22 +135,44 @@ func TestForgetAfterACrash(t *testing.T) {
 	}
 }
 
-// TestRotateBeside: nobody changes keys under a living agent.
+// TestRotateBeside: nobody changes keys under a living agent, nor anything else.
 func TestRotateBeside(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	s, _ := keptState(t, dir)
 	defer func() { _ = s.Close() }()
+	before := contents(t, dir)
 	peeked, err := PeekState(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(peeked.Rotate()); !errors.Is(err, errPeeked) {
+	if err := peeked.Rotate(); !errors.Is(err, errPeeked) {
 		t.Errorf("Rotate: %v", err)
 	}
 	if err := peeked.Forget(); !errors.Is(err, errPeeked) {
 		t.Errorf("Forget: %v", err)
 	}
+	if !maps.Equal(before, contents(t, dir)) {
+		t.Error("a file of the state is another one")
+	}
+}
+
+// contents are those of all files below a directory, by their names.
+func contents(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	all := map[string]string{}
+	err := fs.WalkDir(os.DirFS(dir), ".", func(name string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		b, err := os.ReadFile(filepath.Join(dir, name))
+		all[name] = string(b)
+		return err
+	})
+	if err != nil || len(all) == 0 {
+		t.Fatalf("%d files, %v", len(all), err)
+	}
+	return all
 }
 
 // TestKeyOfSystemd: it seals, and the file opens what it sealed before;
