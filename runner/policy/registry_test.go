@@ -63,6 +63,10 @@ func TestRegistry(t *testing.T) {
 	if got.Leases[0].Broker[0].Rule.Protocol != egress.HTTPS {
 		t.Error("the realm is not reached by https")
 	}
+	job.Subject.Repository = "lab/other"
+	if got, err := p.Decide(job); err != nil || got.Leases[0].Broker[0].Rule.Inject.Tokens.Scopes[0] != "repository:lab/other:pull" {
+		t.Errorf("another repository: got %+v, %v", got, err)
+	}
 	job.Subject.Repository = "acme/app:x"
 	if _, err := p.Decide(job); !errors.Is(err, policy.ErrDenied) {
 		t.Errorf("a repository that is more than words: got %v", err)

@@ -17,6 +17,7 @@ func FuzzApproval(f *testing.F) {
 	f.Add(approvalText)
 	f.Add(approvalText + "until: 2020-01-01T00:00:00Z\nartifacts: [sha256:" + strings.Repeat("a", 64) + "]\n")
 	f.Add("version: 1\nrepository: ''\nsha: ''\nby: a\n")
+	f.Add(strings.Replace(approvalText, "version: 1", "version: 2", 1))
 	f.Add("&a {version: 1, sha: *a}")
 	f.Fuzz(func(t *testing.T, text string) {
 		a, err := ParseApproval([]byte(text), "x")
@@ -53,7 +54,7 @@ func TestApprovalRefused(t *testing.T) {
 		"a short sum": approvalText + "artifacts: [sha256:abc]\n",
 		"nothing":     "",
 	} {
-		if a, err := ParseApproval([]byte(text), "x.yaml"); err == nil || !strings.Contains(err.Error(), "x.yaml:") {
+		if a, err := ParseApproval([]byte(text), "x.yaml"); err == nil || a.SHA != "" || a.Repository != "" || !strings.Contains(err.Error(), "x.yaml:") {
 			t.Errorf("%s: got %+v, %v", name, a, err)
 		}
 	}
