@@ -197,6 +197,16 @@ func TestKeyOfSystemd(t *testing.T) {
 	if !opens(t, dir, again) {
 		t.Error("the credential alone does not open what it sealed")
 	}
+	agent, err := OpenState(dir) // as the agent does
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, sealFile)); err == nil {
+		t.Error("the agent has made a key beside that of the service manager")
+	}
+	if err := agent.Close(); err != nil {
+		t.Fatal(err)
+	}
 	t.Setenv("CREDENTIALS_DIRECTORY", "")
 	if opens(t, dir, again) {
 		t.Error("it is opened without the credential")
