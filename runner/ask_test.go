@@ -139,6 +139,7 @@ func FuzzDoor(f *testing.F) {
 	f.Add("/token", "audience=vault&audience=evil", "Bearer "+shown)
 	f.Add("/token", "audience=v%61ult&api-version", "bearer  "+shown)
 	f.Add("//token", "audience=\xff\n", "Bearer x")
+	f.Add("/token", "audience=%0a%c3%a4%ff", "Bearer "+shown)
 	f.Fuzz(func(t *testing.T, path, query, header string) {
 		k := newKnocker()
 		r := &http.Request{Method: http.MethodGet, URL: &url.URL{Path: path, RawQuery: query}, Header: http.Header{"Authorization": {header}}}

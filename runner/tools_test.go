@@ -95,10 +95,13 @@ func TestTools(t *testing.T) {
 	if len(o.Serve) != 1 {
 		t.Fatalf("opened %+v", o)
 	}
-	answer := httptest.NewRecorder()
-	o.Serve[0].Handler.ServeHTTP(answer, httptest.NewRequest(http.MethodGet, "/credentials", nil))
-	if answer.Code != http.StatusUnauthorized || strings.Contains(answer.Body.String(), "the-secret") {
-		t.Errorf("without a token: got %d %s", answer.Code, answer.Body)
+	for what, header := range map[string][]string{"no token": nil, "an empty token": {""}, "another token": {"x"}} {
+		answer, ask := httptest.NewRecorder(), httptest.NewRequest(http.MethodGet, "/credentials", nil)
+		ask.Header["Authorization"] = header
+		o.Serve[0].Handler.ServeHTTP(answer, ask)
+		if answer.Code != http.StatusUnauthorized || strings.Contains(answer.Body.String(), "the-secret") {
+			t.Errorf("%s: got %d %s", what, answer.Code, answer.Body)
+		}
 	}
 	w.clean()
 }
