@@ -46,6 +46,8 @@ func FuzzFraming(f *testing.F) {
 		"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n",
 		"GET / HTTP/1.0\r\nX:\n y\r\n\r\n", "HTTP/1.1 100\r\n\r\nHTTP/1.1 200 OK\nContent-Length: 1\n\nxHTTP/1.1 200 OK\r\n\r\nrest",
 		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\nHTTP/1.1 204\r\n\r\n",
+		"HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nxHTTP/1.1 200 OK\r\n\r\n",
+		"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nxHTTP/1.1 200 OK\r\n\r\n",
 	} {
 		f.Add([]byte(s), uint8(3))
 	}
