@@ -14,7 +14,7 @@ import (
 // A message is what a job sends, or what it is answered.
 type message struct {
 	name, text string
-	line       string // in the ledger; "": it passes
+	line       string // in the ledger; "": an answer that passes
 }
 
 // badRequests are those that can be read in two ways, after a first that is good.
@@ -63,13 +63,13 @@ func badRequests() []message {
 		{"two blanks", "GET  /bad HTTP/1.1\nHost: H\n\n", "first line"},
 		{"an empty line before", "\nGET /bad HTTP/1.1\nHost: H\n\n", "first line"},
 		{"no version", "GET /bad\nHost: H\n\n", "first line"},
-		{"a chunk without a size", post + "Transfer-Encoding: chunked\n\n;x\nabc\n0\n\n", ""},
-		{"a chunk longer than its size", post + "Transfer-Encoding: chunked\n\n1\nabc\n0\n\n", ""},
-		{"a size with a sign", post + "Transfer-Encoding: chunked\n\n+1\na\n0\n\n", ""},
-		{"a size that ends in LF", post + "Transfer-Encoding: chunked\n\n1\va\n0\n\n", ""},
-		{"a chunk that ends in LF", post + "Transfer-Encoding: chunked\n\n1\na\v0\n\n", ""},
-		{"a trailer that frames", post + "Transfer-Encoding: chunked\n\n1\na\n0\nContent-Length: 4\n\n", ""},
-		{"a trailer with a host", post + "Transfer-Encoding: chunked\n\n1\na\n0\nHost: H\n\n", ""},
+		{"a chunk without a size", post + "Transfer-Encoding: chunked\n\n;x\nabc\n0\n\n", "a chunk has the size"},
+		{"a chunk longer than its size", post + "Transfer-Encoding: chunked\n\n1\nabc\n0\n\n", "a chunk is longer than its size"},
+		{"a size with a sign", post + "Transfer-Encoding: chunked\n\n+1\na\n0\n\n", "a chunk has the size"},
+		{"a size that ends in LF", post + "Transfer-Encoding: chunked\n\n1\va\n0\n\n", "a chunk has no size"},
+		{"a chunk that ends in LF", post + "Transfer-Encoding: chunked\n\n1\na\v0\n\n", "a chunk is longer than its size"},
+		{"a trailer that frames", post + "Transfer-Encoding: chunked\n\n1\na\n0\nContent-Length: 4\n\n", "its trailer frames it"},
+		{"a trailer with a host", post + "Transfer-Encoding: chunked\n\n1\na\n0\nHost: H\n\n", "its trailer frames it"},
 	}
 }
 
