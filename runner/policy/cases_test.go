@@ -22,6 +22,15 @@ rules:
   - name: learn
     match: {ref: refs/heads/learn, trust: protected}
     mode: audit
+  - name: release
+    match: {ref: refs/tags/v1, trust: protected}
+    leases:
+      - name: key
+        issuer: npm
+        step: publish
+        uses: 2
+        requires: {steps: [test], environment: production}
+        broker: [{name: registry.example, port: 443, as: bearer, value: secret}]
 `
 
 // Each expectation is tried as it is, and turned into one that does not hold.
@@ -34,6 +43,8 @@ func TestTry(t *testing.T) {
 	const onMain = "job: {ref: refs/heads/main, trust: protected, steps: [checkout, migrate]}, "
 	const onLearn = "job: {ref: refs/heads/learn, trust: protected}, "
 	const fork = "job: {ref: refs/heads/main, trust: fork}, "
+	const onTag = "job: {ref: refs/tags/v1, trust: protected, steps: [test, publish]"
+	const released = onTag + ", environment: production}, "
 	for _, c := range []struct {
 		text string
 		want string // differences, joined; "" is a case that holds
@@ -64,6 +75,12 @@ func TestTry(t *testing.T) {
 		{onLearn + "rule: learn, not: {egress: [{name: a.example, port: 1}]}", "+ mode: audit opens every name, a.example:1 as well"},
 		{onLearn + "rule: learn, only: true", "+ mode: audit, which opens every name"},
 		{onMain + "rule: main, narrow: n.yaml, only: true, egress: [{name: git.corp, port: 9418, step: checkout}]", ""},
+		{released + "rule: release, leases: [{name: key, step: publish}]", ""},
+		{released + "rule: release, leases: [{name: key, step: publish, uses: 2, requires: [environment, steps]}]", ""},
+		{released + "rule: release, leases: [{name: key, step: publish, uses: 3}]", "- lease key, only in step publish for 3 uses|+ lease key, only in step publish for 2 uses"},
+		{released + "rule: release, leases: [{name: key, step: publish, requires: [steps]}]", `- lease key, only in step publish, which requires ["steps"]|+ lease key, only in step publish, which requires ["steps" "environment"]`},
+		{onTag + ", environment: staging}, rule: release, leases: [{name: key, step: publish}]", "- lease key, only in step publish: environment production is required, and the job was released for staging"},
+		{onTag + "}, rule: release, leases: [{name: key, step: publish}]", "- lease key, only in step publish: environment production is required, and the provider does not say"},
 		{onLearn + "rule: learn, narrow: n.yaml", "- rule p.yaml:14 learn does not say narrow: true"},
 	} {
 		cases, err := ParseCases([]byte("version: 1\ncases:\n  - {name: it, "+c.text+"}\n"), "t.yaml")
