@@ -40,7 +40,8 @@ func (r *rest) look(s runner.Status) error {
 	}
 	debug.FreeOSMemory()
 	r.rested, r.cycles = true, collections()
-	return unmapProgram()
+	// The kernel forgets which pages of the program are mapped.
+	return adviseProgram(unix.MADV_DONTNEED)
 }
 
 // collections counts those that the need for memory made.
@@ -53,12 +54,12 @@ func collections() uint64 {
 	return s[0].Value.Uint64()
 }
 
-// unmapProgram lets the kernel forget which pages of our own file, those that
-// cannot be written to, are mapped (madvise(2), MADV_DONTNEED). A part that was
-// written before it was closed to that has pages of its own, which are nowhere
-// else: a loader leaves such tables of addresses (RELRO) in a program that is not
-// static, and it ends without them.
-func unmapProgram() error {
+// adviseProgram tells the kernel what to do about the pages of our own file, those
+// that cannot be written to (madvise(2)). A part that was written before it was
+// closed to that has pages of its own, which are nowhere else, and is left: a
+// loader leaves such tables of addresses (RELRO) in a program that is not static,
+// and it ends without them.
+func adviseProgram(advice uintptr) error {
 	maps, err := os.ReadFile("/proc/self/smaps")
 	if err != nil {
 		return err
@@ -81,7 +82,7 @@ func unmapProgram() error {
 		if own, found := strings.CutPrefix(text, "Anonymous:"); !ours || !found || strings.TrimSpace(own) != "0 kB" {
 			continue
 		}
-		if _, _, errno := unix.Syscall(unix.SYS_MADVISE, from, to-from, unix.MADV_DONTNEED); errno != 0 {
+		if _, _, errno := unix.Syscall(unix.SYS_MADVISE, from, to-from, advice); errno != 0 {
 			return fmt.Errorf("madvise: %w", errno)
 		}
 	}
