@@ -102,8 +102,14 @@ func (d *depot) opens(realm, registry bool, change func(*egress.Rule)) error {
 func (d *depot) ask(h2 bool, query string, fields ...string) (token, answer string) {
 	d.tb.Helper()
 	status, header, body, _ := d.send(h2, http.MethodGet, "/token?"+query, fields...)
-	var said struct{ Token string }
+	var said struct {
+		Token  string
+		Access string `json:"access_token"`
+	}
 	_ = json.Unmarshal([]byte(body), &said) // it may be a refusal
+	if said.Access != said.Token {
+		d.tb.Errorf("clients that look at access_token have %q, and others %q", said.Access, said.Token)
+	}
 	if strings.Contains(fmt.Sprint(header, body), bearer) || strings.Contains(body, "another-credential") || strings.Contains(body, realToken) {
 		d.tb.Errorf("the job sees a credential: %v %s", header, body)
 	}
@@ -196,10 +202,12 @@ func TestRegistryRefuses(t *testing.T) {
 		}
 	}
 	for name, form := range map[string]string{
+		"another grant":      "grant_type=client_credentials&service=depot&username=a&password=" + placeToken,
 		"a refresh token":    "grant_type=refresh_token&service=depot&refresh_token=" + token,
 		"a wider scope":      "grant_type=password&service=depot&scope=repository:lab/app:delete&username=a&password=" + placeToken,
 		"another's password": "grant_type=password&service=depot&username=a&password=attacker",
 		"two passwords":      "grant_type=password&service=depot&username=a&password=attacker&password=" + placeToken,
+		"ours and another":   "grant_type=password&service=depot&username=a&password=" + placeToken + "&password=attacker",
 		"a token that stays": "grant_type=password&service=depot&access_type=offline&username=a&password=" + placeToken,
 		"no form":            "grant_type=%zz",
 		"a long one":         "grant_type=password&client_id=" + strings.Repeat("x", 20_000),
@@ -227,7 +235,7 @@ func TestRegistryAnswers(t *testing.T) {
 	d := newDepot(t)
 	for _, answer := range []string{
 		"no JSON", `{}`, `{"token":"short"}`, `{"token":"with a blank in it"}`, `{"token":"` + bearer + `","access_token":"another-token"}`,
-		`{"token":["` + bearer + `"]}`, `{"token":"` + strings.Repeat("x", 300<<10) + `"}`,
+		`{"token":["` + bearer + `"]}`, `{"token":"` + bearer + `","access_token":7}`, `{"token":"` + strings.Repeat("x", 300<<10) + `"}`,
 	} {
 		d.mu.Lock()
 		d.answer = answer
