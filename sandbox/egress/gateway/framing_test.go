@@ -156,3 +156,29 @@ func TestOneFramingOfAnswers(t *testing.T) {
 		})
 	}
 }
+
+// TestFramingOfHead: what an answer to HEAD says of a body is of none, and what
+// comes next is judged as an answer.
+func TestFramingOfHead(t *testing.T) {
+	t.Parallel()
+	for _, says := range []string{"Content-Length: 5", "Transfer-Encoding: chunked"} {
+		for _, next := range []message{
+			{"good", "HTTP/1.1 200 OK\nContent-Length: 4\n\ngood", ""},
+			{"bad", "HTTP/1.1 200 OK\nContent-Length: 3\nContent-Length: 4\n\nbad!", "Content-Length is given twice"},
+		} {
+			conns := map[net.Conn]bool{}
+			lines, requests, _ := exchange(t, wire("HEAD /a HTTP/1.1\nHost: H\n\nGET /b HTTP/1.1\nHost: H\nConnection: close\n\n"), func(conn net.Conn, r *http.Request) {
+				conns[conn] = true
+				text := next.text
+				if r.Method == http.MethodHead {
+					text = "HTTP/1.1 200 OK\n" + says + "\n\n"
+				}
+				_, _ = io.WriteString(conn, wire(text)) // the gateway may have hung up
+			})
+			last := lines[len(lines)-1]
+			if len(requests) != 2 || len(conns) != 1 || last.Verdict != egress.Ended || (last.Reason == "") != (next.line == "") || !strings.Contains(last.Reason, next.line) || next.line == "" && last.Received != 4 {
+				t.Errorf("%s, and then a %s one: %d requests on %d connections, %+v", says, next.name, len(requests), len(conns), last)
+			}
+		}
+	}
+}
