@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/net/http2"
 )
@@ -95,12 +96,16 @@ func TestResets(t *testing.T) {
 		t.Fatal(err)
 	}
 	resp.Body.Close()
-	s.close()
-	for n := running.Load(); n > 0; n = running.Load() { // no longer than the test may take
-		resp, err := s.out.Client().Get(s.out.URL + "/other")
-		if err != nil {
-			t.Fatal(err)
+	gone := func(when string) {
+		tick := time.NewTicker(5 * time.Millisecond)
+		defer tick.Stop()
+		for late := time.Now().Add(patience); running.Load() > 0; <-tick.C {
+			if time.Now().After(late) {
+				t.Fatalf("%d requests that were reset are at the destination %s", running.Load(), when)
+			}
 		}
-		resp.Body.Close()
 	}
+	gone("while the box lives")
+	s.close()
+	gone("after it")
 }
