@@ -56,7 +56,8 @@ func TestRegistry(t *testing.T) {
 		}
 	}
 	const want = "auth.corp:443 [10.0.0.8/32] oci-token password [repository:acme/app:pull] user username; [GET] /token [POST] /token\n" +
-		"registry.corp:5000 [10.0.0.7/32] oci-registry password [repository:acme/app:pull] user ; [GET HEAD] /v2/ [GET HEAD] /v2 [GET HEAD] /v2/acme/app/**\n"
+		"registry.corp:5000 [10.0.0.7/32] oci-registry password [repository:acme/app:pull] user ; [GET HEAD] /v2/ [GET HEAD] /v2 [GET HEAD] /v2/acme/app/manifests/* [GET HEAD] /v2/acme/app/blobs/* " +
+		"[GET HEAD] /v2/acme/app/tags/list [GET HEAD] /v2/acme/app/referrers/*\n"
 	if text != want {
 		t.Errorf("got\n%swant\n%s", text, want)
 	}
